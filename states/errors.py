@@ -5,6 +5,7 @@
       StateError                   states/: an event or command that the state machine refuses
         IllegalTransition
         UnknownEvent, BadEvent
+        BadName                  a client id, token or name outside its alphabet
       JournalError                 journal/: exit code 4
         NewerSchema                exit code 5
       EngineError                  engine/
@@ -52,3 +53,9 @@ class BadEvent(StateError):
     """A known event type whose body does not decode."""
 
     exit_code = 4
+
+
+class BadName(StateError):
+    """A client id, session id or token that does not follow the rules of names."""
+
+    exit_code = 2
