@@ -32,6 +32,56 @@ class KexecImage(msgspec.Struct, frozen=True):
     cmdline: str
 
 
+class Intent(msgspec.Struct, frozen=True):
+    """An effect that is about to be made: its deterministic key, the stream it belongs to, its kind and arguments."""
+
+    stream: str
+    key: str
+    kind: str
+    args: dict[str, Json] = {}
+    attempt: int = 1
+
+
+class Done(msgspec.Struct, frozen=True):
+    """A probe's answer: the effect is in the world."""
+
+    result: dict[str, Json] = {}
+
+
+class Absent(msgspec.Struct, frozen=True):
+    """A probe's answer: the effect is not in the world."""
+
+
+class Unknown(msgspec.Struct, frozen=True):
+    """A probe's answer: the world cannot tell."""
+
+    why: str = ""
+
+
+Probe = Done | Absent | Unknown
+
+
+class Effect(Protocol):
+    """One kind of call that changes the world.
+
+    `apply` runs in a worker thread and is never cancelled; it raises `EffectFailed` (or any `LuodError`) when the world refuses.
+    `probe` says what became of an earlier intent without changing anything. The two attributes are what the reconciliation table asks.
+    """
+
+    repeatable: bool
+    """Whether making the call once more is harmless, so that an unknown outcome may simply be redone."""
+    carried: bool
+    """Whether the effect outlives the boot that made it: true of the kexec itself and of nothing else so far."""
+
+    def apply(self, intent: Intent) -> dict[str, Json]:
+        """Make the call; return what is worth keeping in the journal."""
+        ...
+
+    def probe(self, intent: Intent) -> Probe:
+        """Say whether the call has happened."""
+        ...
+
+
 class Kernel(Protocol):
     """The Live Update Orchestrator and kexec, as one kernel offers them.
 

@@ -100,6 +100,7 @@ class Update(Streamed, frozen=True, kw_only=True):
     box: str = ""
     counts: dict[str, int] = {}
     refused: str = ""
+    paused: bool = False
     reboot_boot_id: str = ""
 
 
@@ -114,7 +115,7 @@ class Daemon(Streamed, frozen=True, kw_only=True):
     image_boot_id: str = ""
 
 
-Any_ = TypeVar("Any_", Session, Update, Daemon)
+T = TypeVar("T", bound=Streamed)
 
 
 def new_record(stream: str) -> Session | Update | Daemon:
@@ -126,7 +127,7 @@ def new_record(stream: str) -> Session | Update | Daemon:
     return Session(id=stream)
 
 
-def evolve(record: Any_, event: ev.Event, at: At) -> Any_:
+def evolve(record: T, event: ev.Event, at: At) -> T:
     """Return `record` after `event`; total, and pure."""
     fields: dict[str, Any] = {"seq": record.seq + 1}
     if isinstance(event, ev.EFFECT_EVENTS):
@@ -212,7 +213,9 @@ def _update(event: ev.Event, at: At) -> dict[str, Any]:
                 "sessions": event.sessions,
             }  # fmt: skip
         case ev.UpdateArmed():
-            return {"sessions": event.sessions, "dropped": event.dropped}
+            return {"sessions": event.sessions, "dropped": event.dropped, "paused": False}
+        case ev.UpdateDisarmed():
+            return {"paused": True, "reason": event.reason}
         case ev.UpdateRebooting():
             return {"reboot_boot_id": at.boot_id, "sessions": event.sessions}
         case ev.UpdateRefused():
