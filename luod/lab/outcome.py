@@ -22,7 +22,7 @@ Event = dict[str, Any]
 class LabRun:
     """The events of a run in order, and its directory.
 
-    The directory holds `console.log`, `results.jsonl`, `script.json`, `qemu.log`, `state.img`, and after the run `state/`: everything
+    The directory holds `console.log`, `results.jsonl`, `script.json`, `qemu.log`, and after the run `state/`: everything
     that was on the state disk, with each boot's kernel log as `state/lab/dmesg-N.txt` and each step's output as
     `state/lab/N-STEP.out`.
     """
@@ -40,8 +40,11 @@ class LabRun:
             self._place = (int(event["boot"]), str(event.get("step", event["event"])))
 
     def finish(self) -> None:
-        """Bring the state disk's files out."""
-        read_state_disk(self.directory / "state.img", self.state)
+        """Bring the state disk's files out; the image itself is kept only when something went wrong."""
+        image = self.directory / "state.img"
+        read_state_disk(image, self.state)
+        if not self.problem():
+            image.unlink()
 
     # -- what happened ---------------------------------------------------------------------------------------------------------
 
