@@ -66,7 +66,7 @@ class Control:
         return str(self.call("BOOT_ID")["boot_id"])
 
     def kexec_file_load(self, kernel_fd: int, initrd_fd: int, cmdline: bytes, flags: int) -> None:
-        """Load or unload as kexec_file_load(2) does."""
+        """Load the next kernel, or unload it."""
         fds = [fd for fd in (kernel_fd, initrd_fd) if fd >= 0]
         for fd in fds:
             os.fstat(fd)
@@ -133,8 +133,17 @@ class Control:
         times: int = 1,
     ) -> int:
         """Order a fault (see `faults`) and return its number."""
-        fields = {"at": at, "errno": errno, "op_name": op, "session": session, "skip": skip, "times": times}
-        return int(self.call("INJECT", token=None if token is None else f"{token:#x}", **fields)["fault"])
+        reply = self.call(
+            "INJECT",
+            at=at,
+            errno=errno,
+            op_name=op,
+            session=session,
+            token=None if token is None else f"{token:#x}",
+            skip=skip,
+            times=times,
+        )
+        return int(reply["fault"])
 
     def wait_hit(self, fault: int) -> None:
         """Wait until the fault has struck, and for one that holds: until a call is held."""

@@ -85,8 +85,8 @@ class Session:
     incoming: bool
     retrieved: bool = False
     leaked: bool = False
-    out: dict[int, Outgoing] = field(default_factory=dict)
-    arrived: dict[int, Incoming] = field(default_factory=dict)
+    out: dict[int, Outgoing] = field(default_factory=dict[int, Outgoing])
+    arrived: dict[int, Incoming] = field(default_factory=dict[int, Incoming])
 
     def preserved(self) -> Iterable[tuple[int, str, File, Payload]]:
         """Yield what is preserved here, in order of preservation."""

@@ -35,7 +35,7 @@ class Client:
     pid: int
     inbox: bytes = b""
     outbox: bytes = b""
-    fds: list[int] = field(default_factory=list)
+    fds: list[int] = field(default_factory=list[int])
 
 
 class Request(msgspec.Struct, frozen=True):

@@ -57,13 +57,7 @@ class EmulatedSyscalls:
             with theirs:
                 head = wire.REQUEST.pack(wire.MAGIC, request, attached is not None, len(buf))
                 rights = [theirs.fileno()] + ([] if attached is None else [attached])
-                channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
-                try:
-                    wire.send_with_fds(channel, head + bytes(buf), rights)
-                except OSError as error:
-                    raise _error(_sending_error(error)) from error
-                finally:
-                    channel.detach()
+                _send(fd, head + bytes(buf), rights)
             try:
                 answer, fds, _ = wire.receive(ours)
             except ConnectionError:
@@ -135,6 +129,17 @@ class EmulatedSyscalls:
 
     def _control(self) -> Control:
         return Control(self._directory)
+
+
+def _send(fd: int, data: bytes, rights: list[int]) -> None:
+    try:
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fd)
+        try:
+            wire.send_with_fds(channel, data, rights)
+        finally:
+            channel.detach()
+    except OSError as error:
+        raise _error(_sending_error(error)) from error
 
 
 def _argument_fd(request: int, buf: bytearray) -> int | None:

@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from types import TracebackType
 from typing import NoReturn
 
@@ -132,7 +132,7 @@ class LiveUpdate:
         )
 
     @contextlib.contextmanager
-    def _opened(self) -> Iterator[int]:
+    def _opened(self) -> Generator[int]:
         with self._lock:
             if self._device is not None:
                 yield self._device
