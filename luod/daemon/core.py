@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LUOD put together: the engine, the kernel, the second holder, the connections and the director.
+
+`Luod` is what its parts share. It knows which connection speaks for which client and what of a session is where; decisions are made in
+`desk` (what one client may do), `director` (how an update goes) and `recovery` (what a new process or a new kernel finds).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import anyio.from_thread
+from anyio.abc import TaskGroup
+
+from ..engine.errors import EffectFailed
+from ..engine.points import Points, nowhere
+from ..engine.ports import Custody, Intent, Kernel
+from ..engine.runner import Engine
+from ..journal.writer import Journal
+from ..states import events as ev
+from ..states.errors import IllegalTransition
+from ..states.fold import Session
+from ..states.table import SESSION, UpdateState
+from ..states.table import SessionState as S
+from .blackbox import BlackBox
+from .config import Config
+from .connection import Connection
+from .director import Director, now, pid_alive
+from .effects import Held, all_effects
+from .peers import Peer
+from .pulse import Pulse
+
+if TYPE_CHECKING:
+    from ..journal.record import Record
+
+log = logging.getLogger("luod")
+
+
+class Luod:
+    """One luod process on one boot of one host."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        journal: Journal,
+        kernel: Kernel,
+        custody: Custody,
+        group: TaskGroup,
+        boot_id: str,
+        points: Points = nowhere,
+    ) -> None:
+        self.config = config
+        self.journal = journal
+        self.kernel = kernel
+        self.custody = custody
+        self.held = Held()
+        self.pulse = Pulse()
+        self.box = BlackBox(journal)
+        effects = all_effects(kernel, custody, self.held, self._send_from_thread)
+        self.engine = Engine(journal, effects, boot_id=boot_id, points=points)
+        self.engine.listeners.append(self._listen)
+        self.connections: set[Connection] = set()
+        self.undoing: set[str] = set()
+        self.director = Director(self)
+        self._by_client: dict[str, Connection] = {}
+        self._peers: dict[str, Peer] = {}
+        self._let_go: set[str] = set()
+        self._group = group
+        self._watch: list[Callable[[Record], None]] = []
+
+    # -- connections
+
+    def attach(self, client: str, connection: Connection) -> None:
+        """Let `connection` speak for a client id from now on."""
+        self._by_client[client] = connection
+        old = self._peers.get(client)
+        if old is not connection.peer:
+            self._peers[client] = connection.peer
+        if client not in connection.clients:
+            connection.clients.append(client)
+        self.pulse.beat()
+
+    def detach(self, connection: Connection) -> list[str]:
+        """Forget a connection; return the client ids that it spoke for. Their processes are still watched."""
+        self.connections.discard(connection)
+        mine = [client for client in connection.clients if self._by_client.get(client) is connection]
+        for client in mine:
+            del self._by_client[client]
+        if connection.peer not in self._peers.values():
+            connection.peer.close()
+        self.pulse.beat()
+        return mine
+
+    def connection(self, session: Session) -> Connection | None:
+        """Return the open connection that speaks for a session's client."""
+        found = self._by_client.get(session.client)
+        return found if found is not None and not found.closed else None
+
+    def tell(self, session: Session, message: dict[str, Any]) -> bool:
+        """Send an event to the client of a session; return whether it has a connection that took it."""
+        connection = self.connection(session)
+        if connection is None:
+            return False
+        try:
+            connection.send(message)
+        except EffectFailed:
+            return False
+        return True
+
+    def _send_from_thread(self, stream: str, message: dict[str, Any], fd: int) -> None:
+        anyio.from_thread.run_sync(self._send, stream, message, fd)
+
+    def _send(self, stream: str, message: dict[str, Any], fd: int) -> None:
+        session = self.engine.book.session(stream)
+        connection = self.connection(session) if session else None
+        if connection is None:
+            raise EffectFailed(f"the client of {stream} is not connected", errno="ENOTCONN")
+        connection.send(message, fd)
+
+    # -- what became of the holders of a session
+
+    def is_gone(self, session: Session) -> bool:
+        """Say whether the process that must still act for a session has died."""
+        peer = self._peers.get(session.client)
+        if peer is not None:
+            return not peer.alive()
+        return session.owner is not None and not pid_alive(session.owner.pid)
+
+    def said_closed(self, session: str) -> None:
+        """Note that a client says it has closed its session fd."""
+        self._let_go.add(session)
+        self.pulse.beat()
+
+    def let_go(self, session: Session) -> bool:
+        """Say whether no client holds the session: it said so, has died, or never had it."""
+        handed = session.id in self._let_go or not session.effects.get(f"{session.id}/hand")
+        return handed or self.is_gone(session)
+
+    def holder(self, session: Session) -> str:
+        """Name the process that may still hold a session, for a person to look at."""
+        peer = self._peers.get(session.client)
+        pid = peer.pid if peer else session.owner.pid if session.owner else 0
+        return f"pid {pid} (uid {session.owner.uid if session.owner else '?'})"
+
+    async def rebind(self, session: Session) -> None:
+        """A client that stays connected after its session was undone takes part in the next update."""
+        if self.connection(session) is None or session.owner is None:
+            return
+        book = self.engine.book
+        newest = book.of_client(session.client)
+        if newest is None or newest.state not in SESSION.final:
+            return
+        again = ev.SessionBound(
+            session.client, newest.attempt + 1, session.owner, session.policy, session.deadline_s
+        )
+        try:
+            await self.engine.record((book.next_session(session.client), again))
+        except IllegalTransition:
+            log.info("%s was bound again meanwhile", session.client)
+
+    def client_held(self, session: Session) -> bool:
+        """Say whether luod holds the session fd itself."""
+        return self.held.has(session.kernel_name)
+
+    # -- journal
+
+    def _listen(self, record: Record) -> None:
+        self.pulse.beat()
+        for watcher in list(self._watch):
+            watcher(record)
+
+    def watch(self, watcher: Callable[[Record], None]) -> Callable[[], None]:
+        """Call `watcher` with every record from now on; return what ends it."""
+        self._watch.append(watcher)
+
+        def stop() -> None:
+            if watcher in self._watch:
+                self._watch.remove(watcher)
+
+        return stop
+
+    def open_box(self) -> None:
+        """Write every durable record to this boot's black box too, from now on."""
+        self.box.open(self.held)
+
+    def checkpoint(self) -> None:
+        """Move the write-ahead log into the database now, outside the blackout, if nobody is frozen yet."""
+        if not any(one.state == S.READY for one in self.engine.book.live_sessions()):
+            self.journal.checkpoint()
+
+    async def expire_unclaimed(self) -> None:
+        """Give up sessions that nobody has claimed in time, and free their memory."""
+        limit = self.config.deadlines.claim_s
+        update = self.engine.book.current_update()
+        began = update.entered.get(UpdateState.RECOVERING) if update is not None else None
+        if limit <= 0 or began is None or now() < began.boot_ns / 1e9 + limit:
+            return
+        for session in self.engine.book.live_sessions():
+            if session.state == S.REBOOTING and self.connection(session) is None:
+                args = {"name": session.kernel_name}
+                await self.engine.perform(
+                    Intent(session.id, f"{session.id}/retrieve", "session.retrieve", args),
+                    saying=[(session.id, ev.SessionExpired(f"nobody claimed it within {limit:g} s"))],
+                )
+                await self.engine.perform(
+                    Intent(session.id, f"{session.id}/release", "session.release", args)
+                )
+        await self.director.close_if_done()
+
+    # -- tasks
+
+    def spawn(self, work: Callable[..., Awaitable[Any]], *args: Any) -> None:
+        """Run something beside everything else; its failure is luod's failure."""
+        self._group.start_soon(work, *args)
+
+    def close(self) -> None:
+        """Let go of every fd. The second holder keeps the sessions."""
+        for connection in list(self.connections):
+            connection.close()
+            self.detach(connection)
+        for peer in self._peers.values():
+            peer.close()
+        self._peers.clear()
+        self.box.close()
+        self.held.close()

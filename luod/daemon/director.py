@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The director: drives one update from KEXEC to the kexec, or back to where it began.
+
+It reads the book, asks the barrier, and makes effects; all it decides is in the journal, so that a restarted luod can take the update
+up where it was. Times are seconds of CLOCK_BOOTTIME, which every process of a boot shares.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import anyio
+
+from ..engine import barrier
+from ..engine.errors import Refused
+from ..engine.ports import Intent
+from ..states import events as ev
+from ..states.errors import IllegalTransition
+from ..states.fold import Session, Update
+from ..states.names import BLACK_BOX_SESSION, update_id
+from ..states.table import SessionState as S
+from ..states.table import UpdateState as U
+from .effects import RING
+
+if TYPE_CHECKING:
+    from .core import Luod
+
+OUTGOING = (S.CREATED, S.PRESERVED, S.READY)
+UNFINISHED = (S.REBOOTING, S.RETRIEVED, S.RESTORED, S.FAILED)
+
+
+def now() -> float:
+    """Return the seconds since boot, suspend included."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Director:
+    """Drives the updates of one luod, one at a time."""
+
+    def __init__(self, luod: Luod) -> None:
+        self.luod = luod
+        self.engine = luod.engine
+        self.freezing = False
+        self._driving = False
+
+    # -- what clients and admins ask for
+
+    async def start(self, by_uid: int, deadline_s: float, *, force: bool = False) -> str:
+        """Begin an update, or go on with one that waits for a person; return its id.
+
+        Raises `Refused` when another update runs, no image is loaded, or sessions of the last update are not finished.
+        """
+        book = self.engine.book
+        current = book.current_update()
+        if current is not None:
+            if current.state == U.PREPARING and current.paused and not current.abort_reason:
+                self._spawn(current.id)
+                return current.id
+            raise Refused(
+                "UPDATE_RUNNING",
+                f"{current.id} is {current.state}",
+                hint="`luoctl wait` for it, or `luoctl abort`",
+            )
+        open_ = [session.id for session in book.live_sessions() if session.state in UNFINISHED]
+        if open_ and not force:
+            raise Refused(
+                "UNFINISHED",
+                f"{len(open_)} sessions of an earlier update are not finished: {', '.join(open_[:5])}",
+                hint="their memory would be lost: let their clients finish, or use --force to lose them",
+            )
+        if not await anyio.to_thread.run_sync(self.luod.kernel.loaded):
+            raise Refused(
+                "NO_IMAGE", "no next kernel is loaded", hint="`luoctl load IMAGE --cmdline ...` first"
+            )
+        number = len(book.updates()) + 1
+        update = update_id(number)
+        limit = deadline_s or self.luod.config.deadlines.update_s
+        joining = tuple(session.id for session in self._joining())
+        await self.engine.record((update, ev.UpdateStarted(number, by_uid, joining, limit)))
+        self._spawn(update)
+        return update
+
+    async def abort(self, reason: str) -> str:
+        """Undo the running update; return its id. Raises `Refused` when there is none to undo."""
+        update = self.engine.book.current_update()
+        if update is None:
+            raise Refused("NO_UPDATE", "no update is running", hint="`luoctl status` shows what luod does")
+        if update.state not in (U.PREPARING, U.ARMED):
+            raise Refused(
+                "TOO_LATE",
+                f"{update.id} is {update.state}",
+                hint="only an update before its kexec can be undone",
+            )
+        if not update.abort_reason:
+            await self.engine.record((update.id, ev.UpdateAbortRequested(reason)))
+        self._spawn(update.id)
+        self.luod.pulse.beat()
+        return update.id
+
+    async def abort_session(self, session: Session, reason: str) -> None:
+        """Undo one session; a required one takes the whole update with it at the next look at the barrier."""
+        if session.state not in (S.NEW, *OUTGOING):
+            raise Refused(
+                "TOO_LATE",
+                f"{session.id} is {session.state}",
+                hint="only a session before the kexec can be undone",
+            )
+        if not session.abort_reason:
+            await self.engine.record((session.id, ev.SessionAbortRequested(reason)))
+        self.luod.pulse.beat()
+        update = self.engine.book.current_update()
+        if update is None or session.policy != "required" or session.update != update.id:
+            self.luod.spawn(self._undo_sessions, [session.id], reason)
+
+    def resume(self, update: Update) -> None:
+        """Take an update up again after luod was restarted."""
+        if update.abort_reason or not update.paused:
+            self._spawn(update.id)
+        else:
+            self.luod.spawn(self._watch_paused, update.id)
+
+    def _spawn(self, update: str) -> None:
+        if not self._driving:
+            self._driving = True
+            self.luod.spawn(self._drive, update)
+
+    async def _watch_paused(self, update: str) -> None:
+        """An update that waits for a person is undone at its deadline."""
+        record = self._update(update)
+        deadline = self._deadline(record)
+        await self.luod.pulse.until(
+            lambda: (
+                not self._update(update).paused or self._update(update).state != U.PREPARING or self._driving
+            ),
+            deadline,
+        )
+        if self._update(update).paused and self._update(update).state == U.PREPARING and not self._driving:
+            await self.abort("nobody resumed it before its deadline")
+
+    # -- driving
+
+    async def _drive(self, update: str) -> None:
+        try:
+            if not self._update(update).abort_reason:
+                await self._prepare(update)
+            if self._update(update).abort_reason:
+                await self._undo(update)
+        finally:
+            self._driving = False
+            self.freezing = False
+
+    async def _prepare(self, update: str) -> None:
+        """Go from preparing to the kexec. Returns only when the update is being undone."""
+        deadline = self._deadline(self._update(update))
+        if not await self._box(update):
+            return
+        dropped: list[str] = []
+        going = await self._barrier(update, "preserved", deadline, dropped)
+        if going is None:
+            return
+        self.freezing = True
+        freeze_by = min(deadline, now() + self.luod.config.deadlines.freeze_s)
+        for session in going:
+            if self._session(session).state == S.PRESERVED:
+                self.freeze(self._session(session), freeze_by)
+        going = await self._barrier(update, "ready", freeze_by, dropped)
+        if going is None:
+            return
+        try:
+            await self.engine.record((update, ev.UpdateArmed(tuple(going), tuple(dropped))))
+        except IllegalTransition as error:
+            await self._stop(update, str(error))
+            return
+        (scratch,) = await self.engine.perform(
+            Intent(update, f"{update}/scratch", "update.scratch"), again=True
+        )
+        if scratch.status != "done":
+            await self._stop(update, f"the scratch session failed: {scratch.message}")
+            return
+        if self._update(update).abort_reason or any(self._session(one).abort_reason for one in going):
+            await self._stop(update, "an abort came in before the kexec")
+            return
+        await self._kexec(update, going)
+
+    async def _kexec(self, update: str, going: Sequence[str]) -> None:
+        """Say the last words, and jump. One fsync, and none after it."""
+        last_words: list[tuple[str, ev.Event]] = [(one, ev.SessionRebooting(update)) for one in going]
+        last_words.append((update, ev.UpdateRebooting(tuple(going))))
+        jump = Intent(update, f"{update}/reboot", "update.reboot")
+        self.luod.checkpoint()
+        try:
+            (effect,) = await self.engine.perform(jump, again=True, saying=last_words)
+        except IllegalTransition as error:
+            await self._stop(update, str(error))
+            return
+        await self.refused(update, effect.errno, effect.message)
+
+    async def refused(self, update: str, errno: str, message: str) -> None:
+        """The kexec did not happen: put every session back to where it was, and undo the update."""
+        record = self._update(update)
+        back: list[tuple[str, ev.Event]] = [
+            (one, ev.SessionRebootRefused(errno))
+            for one in record.sessions
+            if self._session(one).state == S.REBOOTING
+        ]
+        await self.engine.record(*back, (update, ev.UpdateRefused(errno, message)))
+        await self._stop(update, f"the kernel refused the kexec: {errno} {message}".strip())
+
+    async def _barrier(self, update: str, name: str, deadline: float, dropped: list[str]) -> list[str] | None:
+        """Wait at a barrier; return the sessions that passed, or None when the update is being undone."""
+        since = now()
+        while True:
+            beat = self.luod.pulse.current()
+            record = self._update(update)
+            if record.abort_reason:
+                return None
+            if name == "preserved":
+                await self._invite(update)
+            verdict = barrier.judge(
+                name,
+                [one for one in self._participants(update) if one.id not in dropped],
+                now=now(),
+                since=since,
+                deadline=deadline,
+                is_gone=self.luod.is_gone,
+            )
+            for trouble in verdict.drop:
+                dropped.append(trouble.session)
+                self.luod.spawn(self._undo_sessions, [trouble.session], trouble.why)
+            if verdict.abort:
+                await self._stop(update, verdict.abort)
+                return None
+            if verdict.go is not None:
+                return list(verdict.go)
+            if not verdict.drop:
+                with anyio.move_on_after(max(0.0, verdict.wake - now()) + 0.001):
+                    await beat.wait()
+
+    def _participants(self, update: str) -> list[Session]:
+        return [session for session in self.engine.book.sessions() if session.update == update]
+
+    def _joining(self) -> list[Session]:
+        book = self.engine.book
+        return [
+            one
+            for one in book.live_sessions()
+            if one.state == S.NEW and self.luod.connection(one) is not None
+        ]
+
+    async def _invite(self, update: str) -> None:
+        """Give every subscribed client that has none yet its kernel session."""
+        fresh = [one for one in self._joining() if not one.abort_reason]
+        if not fresh:
+            return
+        for kind in ("create", "mark"):
+            intents = [
+                Intent(
+                    one.id, f"{one.id}/{kind}", f"session.{kind}", {"name": one.kernel_name, "session": one.id},
+                )
+                for one in fresh
+            ]  # fmt: skip
+            effects = await self.engine.perform(*intents)
+            bad = {e.key.rpartition("/")[0]: e for e in effects if e.status != "done"}
+            for one in [one for one in fresh if one.id in bad]:
+                why = f"its kernel session could not be made: {bad[one.id].message}"
+                if one.policy == "required":
+                    await self._stop(update, f"{one.id}: {why}")
+                await self._undo_sessions([one.id], why)
+            fresh = [one for one in fresh if one.id not in bad]
+        if self._update(update).abort_reason or not fresh:
+            return
+        await self.engine.record(*((one.id, ev.SessionCreated(update, one.kernel_name)) for one in fresh))
+        await self.hand(*(one.id for one in fresh))
+
+    async def hand(self, *sessions: str) -> None:
+        """Send START_PRESERVATION with the session fd. A client that has gone is the barrier's business."""
+        intents = []
+        for session in sessions:
+            record = self._session(session)
+            self.luod.tell(
+                record, {"event": "PRESERVATION_REQUEST", "id": record.client, "update": record.update}
+            )
+            left = self._deadline(self._update(record.update)) - now()
+            message = {
+                "event": "START_PRESERVATION", "id": record.client, "session": session, "fds": 1,
+                "deadline_s": round(min(left, record.deadline_s or left), 3),
+            }  # fmt: skip
+            args: dict[str, Any] = {"name": record.kernel_name, "message": message}
+            intents.append(Intent(session, f"{session}/hand", "session.hand", args))
+        await self.engine.perform(*intents, again=True)
+
+    def freeze(self, session: Session, until: float | None = None) -> None:
+        """Tell a client to stop its writers and say READY."""
+        left = (until - now()) if until else self.luod.config.deadlines.freeze_s
+        self.luod.tell(
+            session, {"event": "FREEZE", "id": session.client, "deadline_s": round(max(left, 0.0), 3)}
+        )
+
+    async def _box(self, update: str) -> bool:
+        """Make sure that this boot has its black box; without one the update does not go on."""
+        size = self.luod.config.black_box_bytes
+        held = self.luod.held
+        again = not (held.has(BLACK_BOX_SESSION) and held.has(RING))
+        (made,) = await self.engine.perform(
+            Intent("luod", "luod/box.create", "box.create", {"size": size}), again=again
+        )
+        if made.status == "done":
+            (made,) = await self.engine.perform(
+                Intent("luod", "luod/box.preserve", "box.preserve"), again=again
+            )
+        if made.status != "done":
+            await self._stop(update, f"the black box could not be made: {made.message}")
+            return False
+        if self.engine.book.daemon().box_boot_id != self.engine.boot_id:
+            await self.engine.record(("luod", ev.BoxCreated(size)))
+        self.luod.open_box()
+        return True
+
+    # -- undoing
+
+    async def _stop(self, update: str, reason: str) -> None:
+        if not self._update(update).abort_reason:
+            await self.engine.record((update, ev.UpdateAbortRequested(reason)))
+
+    async def _undo(self, update: str) -> None:
+        reason = self._update(update).abort_reason
+        mine = [one.id for one in self._participants(update) if one.state in OUTGOING]
+        await self._undo_sessions(mine, reason)
+        await self.luod.pulse.until(
+            lambda: not any(one.state in OUTGOING for one in self._participants(update)), float("inf")
+        )
+        await self.engine.record((update, ev.UpdateAborted(reason)))
+
+    async def _undo_sessions(self, sessions: Sequence[str], reason: str) -> None:
+        """Undo sessions: their clients go on, close their fd and say so; luod and its second holder let go."""
+        book = self.engine.book
+        todo = [book.session(one) for one in sessions]
+        open_ = [
+            one
+            for one in todo
+            if one is not None and one.state in (S.NEW, *OUTGOING) and one.id not in self.luod.undoing
+        ]
+        self.luod.undoing |= {one.id for one in open_}
+        try:
+            asked: list[tuple[str, ev.Event]] = []
+            for one in open_:
+                if not one.abort_reason:
+                    asked.append((one.id, ev.SessionAbortRequested(reason)))
+                if one.state == S.READY:
+                    asked.append((one.id, ev.SessionThawed(reason)))
+            if asked:
+                await self.engine.record(*asked)
+            limit = self.luod.config.deadlines.abort_s
+            for one in open_:
+                self.luod.tell(one, {"event": "RESUME", "id": one.client, "reason": reason})
+                self.luod.tell(
+                    one, {"event": "ABORT", "id": one.client, "reason": reason, "deadline_s": limit}
+                )
+            await self.engine.perform(
+                *(
+                    Intent(one.id, f"{one.id}/release", "session.release", {"name": one.kernel_name})
+                    for one in open_
+                    if f"{one.id}/create" in one.effects
+                )
+            )
+            await self.luod.pulse.until(lambda: all(self.luod.let_go(one) for one in open_), now() + limit)
+            gone: list[tuple[str, ev.Event]] = []
+            for one in open_:
+                holder = "" if self.luod.let_go(one) else self.luod.holder(one)
+                gone.append((one.id, ev.SessionAborted(reason, holder)))
+            if gone:
+                await self.engine.record(*gone)
+            for one in open_:
+                await self.luod.rebind(one)
+        finally:
+            self.luod.undoing -= {one.id for one in open_}
+            self.luod.pulse.beat()
+
+    async def undo_again(self, sessions: Sequence[str]) -> None:
+        """Go on undoing sessions that a dead luod had begun to undo."""
+        for session in sessions:
+            await self._undo_sessions([session], self._session(session).abort_reason)
+
+    # -- after the kexec
+
+    async def close_if_done(self) -> None:
+        """Record the end of the update once all its sessions have ended or failed."""
+        update = self.engine.book.current_update()
+        if update is None or update.state != U.RECOVERING:
+            return
+        sessions = [
+            record for one in update.sessions if (record := self.engine.book.session(one)) is not None
+        ]
+        if any(one.state in (S.REBOOTING, S.RETRIEVED, S.RESTORED, *OUTGOING) for one in sessions):
+            return
+        count: Callable[[S], int] = lambda state: sum(one.state == state for one in sessions)  # noqa: E731
+        done = ev.UpdateDone(count(S.FINISHED), count(S.LOST), count(S.FAILED), count(S.EXPIRED))
+        try:
+            await self.engine.record((update.id, done))
+        except IllegalTransition:
+            return  # another client's last word was quicker
+
+    # -- small things
+
+    def _update(self, update: str) -> Update:
+        record = self.engine.book.streams[update]
+        assert isinstance(record, Update)
+        return record
+
+    def _session(self, session: str) -> Session:
+        record = self.engine.book.session(session)
+        assert record is not None
+        return record
+
+    def _deadline(self, update: Update) -> float:
+        began = update.entered.get(U.PREPARING)
+        if began is None or update.deadline_s <= 0:
+            return float("inf")
+        return began.boot_ns / 1e9 + update.deadline_s
+
+
+def pid_alive(pid: int) -> bool:
+    """Say whether a process of this pid runs; for owners that a restarted luod only knows by number."""
+    try:
+        os.close(os.pidfd_open(pid))
+    except OSError:
+        return False
+    return True
