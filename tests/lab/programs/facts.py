@@ -18,6 +18,7 @@ from pathlib import Path
 import raw
 from raw import PAGE, create, fails, finish, memfd, preserve, retrieve, retrieve_fd
 
+from luod.adapters.liveupdate import abi
 from luod.lab.report import ready
 
 F_GET_SEALS, F_SEAL_WRITE, F_SEAL_EXEC = 1034, 0x8, 0x20
@@ -121,6 +122,19 @@ def session_fds_say_their_name_and_cannot_be_polled() -> None:
     os.close(session)
 
 
+def name_comes_back_with_its_last_word_zeroed_and_the_rest_as_passed() -> None:
+    """The kernel copies names by 8-byte words: after the NUL there are zeros up to the word's end, then the caller's own bytes."""
+    for name in ("short", "1234567", "12345678", "x" * 63):
+        session = create(name)
+        buf = bytearray(abi.S_NAME.pack(abi.S_NAME.size, 0, b"#" * 64))
+        fcntl.ioctl(session, abi.GET_NAME, buf, True)
+        told = bytes(buf[8:])
+        word_end = (len(name) // 8 + 1) * 8
+        expected = name.encode().ljust(word_end, b"\0").ljust(64, b"#")
+        os.close(session)
+        assert told == expected, (told, expected)
+
+
 def reboot_without_an_image_is_refused_and_harmless() -> None:
     session, fd = create("f-refused"), memfd(b"x")
     preserve(session, 1, fd)
@@ -147,6 +161,7 @@ BEFORE = [
     preserving_fills_holes,
     duplicate_name_exists,
     session_fds_say_their_name_and_cannot_be_polled,
+    name_comes_back_with_its_last_word_zeroed_and_the_rest_as_passed,
     reboot_without_an_image_is_refused_and_harmless,
 ]
 
