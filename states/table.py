@@ -82,7 +82,7 @@ _BEFORE = (_S.CREATED, _S.PRESERVED, _S.READY)
 # fmt: off
 SESSION = Table("session", tuple(_S), _S.NEW, (_S.FINISHED, _S.ABORTED, _S.LOST, _S.EXPIRED), (
     Row("bound",           (_S.NEW,),                       _S.NEW,       "",             "a client took the id; its owner is fixed"),
-    Row("created",         (_S.NEW,),                       _S.CREATED,   "undoubted",    "the kernel session exists and has a second holder"),
+    Row("created",         (_S.NEW,),                       _S.CREATED,   "undoubted",    "in the kernel, with a second holder"),
     Row("preserved",       (_S.CREATED,),                   _S.PRESERVED, "not_aborting", "the client preserved everything, still running"),
     Row("ready",           (_S.CREATED, _S.PRESERVED),      _S.READY,     "not_aborting", "the client stopped its writers"),
     Row("thawed",          (_S.READY,),                     _S.PRESERVED, "",             "the client was told to go on"),
