@@ -14,11 +14,19 @@ class Deviation(NamedTuple):
 
 
 DEVIATIONS: dict[tuple[str, str], Deviation] = {
-    ("x13_size_is_frozen", "emulated"): Deviation("fails", "nothing in user space can freeze the size of a memfd"),
-    ("x13_write_seal_is_busy", "emulated"): Deviation("fails", "nothing in user space can pin the pages of a memfd"),
+    ("x13_size_is_frozen", "emulated"): Deviation(
+        "fails", "nothing in user space can freeze the size of a memfd"
+    ),
+    ("x13_write_seal_is_busy", "emulated"): Deviation(
+        "fails", "nothing in user space can pin the pages of a memfd"
+    ),
     ("x27_link_text", "emulated"): Deviation("fails", "an emulated session fd is a socket"),
-    ("x32_fd_is_no_file", "emulated"): Deviation("fails", "an emulated session fd is a socket: it can be polled and written to"),
-    ("x28_eio_is_for_ever", "device"): Deviation("skipped", "no way to make a real kernel fail to deserialize"),
+    ("x32_fd_is_no_file", "emulated"): Deviation(
+        "fails", "an emulated session fd is a socket: it can be polled and written to"
+    ),
+    ("x28_eio_is_for_ever", "device"): Deviation(
+        "skipped", "no way to make a real kernel fail to deserialize"
+    ),
 }
 
 

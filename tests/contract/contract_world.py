@@ -32,6 +32,7 @@ class World:
         )
         self.syscalls = self.kernel.syscalls
         self.kept: list[int] = []
+        self.kept_sessions: list[int] = []
         self._owned: list[int] = []
         raise_file_limit()
 
@@ -75,7 +76,9 @@ class World:
 
     def kept_session(self, name: str) -> int:
         """An outgoing session that goes through the kexec."""
-        return self.keep(self.kernel.create_session(name))
+        fd = self.keep(self.kernel.create_session(name))
+        self.kept_sessions.append(fd)
+        return fd
 
     def incoming(self, name: str) -> int:
         """Retrieve a session that came with the kexec."""
@@ -140,7 +143,8 @@ def refused(errno: int) -> Iterator[None]:
     try:
         yield
     except (KernelError, OSError) as error:
-        assert error.errno == errno, f"errno {error.errno} instead of {errno}: {error}"
+        if error.errno != errno:
+            raise AssertionError(f"errno {error.errno} instead of {errno}: {error}") from error
         return
     raise AssertionError(f"nothing was refused; errno {errno} was due")
 

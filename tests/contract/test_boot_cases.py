@@ -127,7 +127,9 @@ def test_k13_get_session_name_max_length(world: World) -> None:
 def test_k14_preserve_many_sessions(world: World) -> None:
     device = world.device()
     fds = [
-        world.own(abi.unpack_fd(world.ioctl(device, abi.CREATE_SESSION, abi.pack_session(b"many-%d" % number))))
+        world.own(
+            abi.unpack_fd(world.ioctl(device, abi.CREATE_SESSION, abi.pack_session(b"many-%d" % number)))
+        )
         for number in range(2000)
     ]
     assert len(set(fds)) == 2000
@@ -163,7 +165,9 @@ def test_x02_size_too_small(world: World) -> None:
         struct.pack_into("<I", arg, 0, size)
         assert errno_of(world.ioctl, session, abi.PRESERVE_FD, arg) == errno.EINVAL
     for size in (0, 8, 71):
-        assert errno_of(world.ioctl, session, abi.GET_NAME, struct.pack("<II64s", size, 0, b"")) == errno.EINVAL
+        assert (
+            errno_of(world.ioctl, session, abi.GET_NAME, struct.pack("<II64s", size, 0, b"")) == errno.EINVAL
+        )
     assert not world.kernel.token_preserved(session, 1)
 
 
@@ -228,6 +232,9 @@ def test_x08_closed_and_path_fds(world: World) -> None:
     path = world.own(os.open(f"/proc/self/fd/{fd}", os.O_PATH | os.O_CLOEXEC))
     with pytest.raises(BadDescriptor):
         world.kernel.preserve_fd(session, 1, path)
+    null = world.own(os.open("/dev/null", os.O_PATH | os.O_CLOEXEC))
+    with refused(errno.EBADF):  # not open comes before not preservable
+        world.preserve_raw(session, 1, null)
     world.close(fd)
     with pytest.raises(BadDescriptor):
         world.kernel.preserve_fd(session, 1, fd)
@@ -270,6 +277,8 @@ def test_x10_closing_the_device_changes_nothing(world: World) -> None:
     world.close(device)
     world.kernel.preserve_fd(session, 1, world.memfd(b"x"))
     assert world.kernel.session_name(session) == "stays"
+    assert errno_of(world.kernel.create_session, "stays") == errno.EEXIST
+    world.kernel.scratch("heal")
 
 
 def test_x11_preserved_after_its_owner_closed_it(world: World) -> None:
