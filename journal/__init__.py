@@ -1,1 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The durable record: what happened, in order, chained, in SQLite, with a second copy in the black box.
+
+`writer.Journal` writes, `replay` and `verify` read copies, `ring` is the black box, `export` the text form.
+"""

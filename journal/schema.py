@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layout of the database. Layouts only grow: each step is one migration in one transaction.
+
+`user_version` counts the steps, so that an older luod sees at once that it must keep away.
+"""
+
+from __future__ import annotations
+
+from sqlite_utils import Database, Migrations
+
+APPLICATION_ID = 0x6C756F64
+"""ASCII `luod`, at byte 68 of the file."""
+VERSION = 1
+"""The layout that this version writes."""
+
+migrations = Migrations("luod.journal")
+
+
+@migrations()
+def m001_events(db: Database) -> None:
+    """Events in one table; the identity of the journal in another."""
+    db.execute(
+        "CREATE TABLE journal(only_row INTEGER PRIMARY KEY CHECK (only_row = 1), uuid TEXT NOT NULL,"
+        " created_wall_ns INTEGER NOT NULL, genesis BLOB NOT NULL) STRICT"
+    )
+    db.execute(
+        "CREATE TABLE events(id INTEGER PRIMARY KEY, stream TEXT NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL,"
+        " wall_ns INTEGER NOT NULL, boot_ns INTEGER NOT NULL, boot_id TEXT NOT NULL, run_id TEXT NOT NULL,"
+        " cause INTEGER, body BLOB NOT NULL, chain BLOB NOT NULL, UNIQUE(stream, seq)) STRICT"
+    )
+    db.execute("PRAGMA user_version = 1")
