@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Sequence
 from typing import Literal
 
 from ..adapters.liveupdate.errors import (
@@ -25,6 +24,7 @@ from ..adapters.liveupdate.errors import (
 from ..engine.ports import Custody, Kernel
 from ..engine.reconcile import Held as HeldAnswer
 from ..journal.record import Record
+from ..journal.errors import RingError
 from ..journal.ring import Ring
 from ..journal.writer import Journal
 from ..states.names import BLACK_BOX_SESSION, BLACK_BOX_TOKEN
@@ -46,18 +46,20 @@ class BlackBox:
         if self._ring is not None:
             return
         self._map = map_of(held.get(RING))
-        self._ring = Ring.format(self._map)
-        self._ring.append(list(self._journal.read())[-RING_TAIL:])
-        self._journal.mirror = self._mirror
-
-    def _mirror(self, records: Sequence[Record]) -> None:
-        if self._ring is not None:
-            self._ring.append(records)
+        tail = list(self._journal.read())[-RING_TAIL:]
+        before = tail[0].id - 1 if tail else self._journal.head()[0]
+        chain = self._journal.chain_at(before)
+        assert chain is not None, "the journal has every record before its head"
+        self._ring = Ring.format(self._map, self._journal.journal_id, (before, chain))
+        self._ring.append(tail)
+        self._journal.set_mirror(self._ring.append)
 
     def close(self) -> None:
         """Stop mirroring."""
-        self._journal.mirror = None
-        self._ring = None
+        self._journal.set_mirror(None)
+        if self._ring is not None:
+            self._ring.release()
+            self._ring = None
         if self._map is not None:
             self._map.close()
             self._map = None
@@ -98,12 +100,13 @@ def look(kernel: Kernel, custody: Custody, held: Held) -> tuple[HeldAnswer, BoxN
     except KernelError as error:
         return "yes", "unreadable", [], error.message
     try:
-        mapped = map_of(ring)
-        try:
-            records = Ring.attach(mapped).read()
-        finally:
-            mapped.close()
-    except (ValueError, OSError) as error:
+        with map_of(ring) as mapped:
+            box = Ring.attach(mapped)
+            try:
+                records = box.read()
+            finally:
+                box.release()
+    except (RingError, ValueError, OSError) as error:
         return "yes", "unreadable", [], f"the black box cannot be read: {error}"
     finally:
         os.close(ring)

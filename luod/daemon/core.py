@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -213,7 +213,7 @@ class Luod:
 
     # -- tasks
 
-    def spawn(self, work: Callable[..., Awaitable[Any]], *args: Any) -> None:
+    def spawn(self, work: Callable[..., Coroutine[Any, Any, Any]], *args: Any) -> None:
         """Run something beside everything else; its failure is luod's failure."""
         self._group.start_soon(work, *args)
 

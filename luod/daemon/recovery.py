@@ -8,6 +8,7 @@ asks the tables of `engine/reconcile.py` what became of every session and of the
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 import anyio.to_thread
@@ -43,14 +44,13 @@ async def recover(luod: Luod) -> None:
     why = ""
     if fresh:
         held, news, records, why = await anyio.to_thread.run_sync(look, luod.kernel, luod.custody, luod.held)
-        tail = merge(luod.journal.head(), list(luod.journal.read()), records) if records else []
+        tail = merge(luod.journal.head(), records, chain_at=luod.journal.chain_at)
         if tail:
             news = "merged"
-            for record in luod.journal.take_over(tail):
+            luod.journal.adopt(tail)
+            for record in tail:
                 book.apply(record)
             log.warning("took %d records over from the black box", len(tail))
-    import os
-
     started: list[tuple[str, ev.Event]] = [
         ("luod", ev.DaemonStarted(__version__, f"{luod.config.kernel}", os.getpid())),
     ]

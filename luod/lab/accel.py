@@ -27,11 +27,16 @@ def qemu() -> str:
     """Return the path of QEMU. Raises `LabUnavailable`, saying how to install it."""
     found = shutil.which(QEMU)
     if found is None:
-        raise LabUnavailable(f"{QEMU} is not installed", hint="run .ci/install-qemu as root, or `apt-get install qemu-system-x86`")
+        raise LabUnavailable(
+            f"{QEMU} is not installed",
+            hint="run .ci/install-qemu as root, or `apt-get install qemu-system-x86`",
+        )
     return found
 
 
-def acceleration(image: KernelImage, *, device: Path = Path("/dev/kvm"), cache: Path | None = None) -> tuple[str, ...]:
+def acceleration(
+    image: KernelImage, *, device: Path = Path("/dev/kvm"), cache: Path | None = None
+) -> tuple[str, ...]:
     """Return QEMU's options for the acceleration to use: KVM where a guest really boots with it, else software emulation.
 
     The answer is kept for this boot of the host and this QEMU.
@@ -64,7 +69,9 @@ def _boots_with_kvm(image: KernelImage) -> bool:
             "-serial", f"file:{console}", "-kernel", str(image.path), "-append", "console=ttyS0 panic=-1",
         ]  # fmt: skip
         try:
-            subprocess.run(command, timeout=PROBE_S, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+            subprocess.run(
+                command, timeout=PROBE_S, stdin=subprocess.DEVNULL, capture_output=True, check=False
+            )
         except subprocess.TimeoutExpired:
             return False
         return console.exists() and b"Unable to mount root fs" in console.read_bytes()

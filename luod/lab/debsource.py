@@ -19,12 +19,16 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DEFAULT_SUITE = "trixie-backports"
 
 
-def _apt(*arguments: str, config: Path | None = None, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def _apt(
+    *arguments: str, config: Path | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LC_ALL": "C.UTF-8"}
     if config is not None:
         environment["APT_CONFIG"] = str(config)
     try:
-        return subprocess.run(arguments, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            arguments, env=environment, cwd=cwd, capture_output=True, text=True, check=False
+        )
     except FileNotFoundError as error:
         raise LabUnavailable(
             f"{arguments[0]} is not here: kernels are built from Debian's source package",
@@ -36,7 +40,11 @@ def parse_mirror(targets: str) -> str:
     """Read the main archive's address out of `apt-get indextargets`; empty when there is none."""
     for stanza in targets.split("\n\n"):
         fields = dict(line.split(": ", 1) for line in stanza.splitlines() if ": " in line)
-        if fields.get("Origin") == "Debian" and fields.get("Label") == "Debian" and fields.get("Component") == "main":
+        if (
+            fields.get("Origin") == "Debian"
+            and fields.get("Label") == "Debian"
+            and fields.get("Component") == "main"
+        ):
             return fields.get("Repo-URI", "").rstrip("/")
     return ""
 
@@ -49,7 +57,8 @@ def mirror() -> str:
     found = parse_mirror(_apt("apt-get", "indextargets").stdout)
     if not found:
         raise LabUnavailable(
-            "apt has no package lists of Debian's main archive", hint="run `apt-get update` as root once, then try again"
+            "apt has no package lists of Debian's main archive",
+            hint="run `apt-get update` as root once, then try again",
         )
     return found
 
@@ -64,7 +73,8 @@ def private_lists(directory: Path, suite: str) -> Path:
         (root / name).mkdir(parents=True, exist_ok=True)
     sources = root / "suite.sources"
     sources.write_text(
-        f"Types: deb\nURIs: {mirror()}\nSuites: {suite}\nComponents: main\nSigned-By: {KEYRING}\n", encoding="utf-8"
+        f"Types: deb\nURIs: {mirror()}\nSuites: {suite}\nComponents: main\nSigned-By: {KEYRING}\n",
+        encoding="utf-8",
     )
     config = root / "apt.conf"
     lines = {
@@ -116,12 +126,31 @@ def download(package: str, version: str, directory: Path, config: Path | None) -
     """Fetch a package into a directory; a partly fetched file is continued. Raises `BuildFailed`."""
     directory.mkdir(parents=True, exist_ok=True)
     done = _apt("apt-get", "download", "-q", f"{package}={version}", config=config, cwd=directory)
-    files = sorted(directory.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
-    if done.returncode or not files:
+    if done.returncode:
         raise BuildFailed(
-            f"cannot fetch {package} {version}: {_last_line(done.stderr)}", hint="check the network and try again: it continues"
+            f"cannot fetch {package} {version}: {_last_line(done.stderr)}",
+            hint="check the network and try again: it continues",
+        )
+    return newest_package(directory, package)
+
+
+def newest_package(directory: Path, package: str) -> Path:
+    """Return the file of a package that was fetched last. Raises `BuildFailed` when there is none."""
+    files = sorted(directory.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise BuildFailed(
+            f"there is no file of {package} in {directory}", hint=f"delete {directory.parent} and start again"
         )
     return files[-1]
+
+
+def version_of(directory: Path, package: str) -> str:
+    """Return the version of the package file in a directory; empty when there is none that can be read."""
+    try:
+        file = newest_package(directory, package)
+    except BuildFailed:
+        return ""
+    return _apt("dpkg-deb", "--field", str(file), "Version").stdout.strip()
 
 
 def _last_line(text: str) -> str:

@@ -40,12 +40,25 @@ def read_state_disk(image: Path, target: Path) -> None:
     target.mkdir(parents=True, exist_ok=True)
     copy = image.with_name(f"{image.name}.copy")
     try:
-        _checked(["cp", "--sparse=always", str(image), str(copy)], f"cannot copy {image}", "check the free space there")
-        replayed = subprocess.run([fsck, "-p", "-E", "journal_only", str(copy)], capture_output=True, text=True, check=False)
+        _checked(
+            ["cp", "--sparse=always", str(image), str(copy)],
+            f"cannot copy {image}",
+            "check the free space there",
+        )
+        replayed = subprocess.run(
+            [fsck, "-p", "-E", "journal_only", str(copy)], capture_output=True, text=True, check=False
+        )
         if replayed.returncode > 1:
-            raise LabError(f"the file system on {image} is damaged: {replayed.stdout.strip()}", hint=f"run e2fsck on a copy of {image}")
+            raise LabError(
+                f"the file system on {image} is damaged: {replayed.stdout.strip()}",
+                hint=f"run e2fsck on a copy of {image}",
+            )
         # Owners cannot be set without root, and debugfs says so for each file on stderr; the content is what is wanted.
-        _checked([debugfs, "-R", f'rdump / "{target}"', str(copy)], f"cannot read {image}", "the image may be cut short")
+        _checked(
+            [debugfs, "-R", f'rdump / "{target}"', str(copy)],
+            f"cannot read {image}",
+            "the image may be cut short",
+        )
     finally:
         copy.unlink(missing_ok=True)
 

@@ -44,7 +44,9 @@ def mount(source: str, target: str, kind: str = "", flags: int = 0, data: str = 
     """Mount, making the mount point where that is possible. Raises OSError."""
     with contextlib.suppress(OSError):
         os.makedirs(target, exist_ok=True)
-    if libc.mount(source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode() or None):
+    if libc.mount(
+        source.encode(), target.encode(), kind.encode(), ctypes.c_ulong(flags), data.encode() or None
+    ):
         code = ctypes.get_errno()
         raise OSError(code, f"mount {kind or 'bind'} {source} on {target}: {os.strerror(code)}")
 
@@ -115,7 +117,9 @@ class Guest:
 
     def report(self, event: str, **fields: Any) -> None:
         """Send one result line."""
-        line = json.dumps({"event": event, "boot": self.boot, "uptime": round(time.clock_gettime(7), 3), **fields})
+        line = json.dumps(
+            {"event": event, "boot": self.boot, "uptime": round(time.clock_gettime(7), 3), **fields}
+        )
         os.write(self.port, line.encode() + b"\n")
 
     def run(self) -> NoReturn:
@@ -130,7 +134,9 @@ class Guest:
         boots = self.script["boots"]
         ok = self.boot < len(boots)
         if not ok:
-            self.report("fail", step="start-up", message=f"the script has {len(boots)} boots, this is one more")
+            self.report(
+                "fail", step="start-up", message=f"the script has {len(boots)} boots, this is one more"
+            )
         else:
             for step in boots[self.boot]["steps"]:
                 self.step = step["name"]
@@ -156,7 +162,9 @@ class Guest:
                     record = os.read(log, 8192)
                 except BlockingIOError:
                     break
-                except BrokenPipeError:  # the ring wrapped around while reading: the next read goes on after the gap
+                except (
+                    BrokenPipeError
+                ):  # the ring wrapped around while reading: the next read goes on after the gap
                     continue
                 prefix, _, text = record.partition(b";")
                 micro = int(prefix.split(b",")[2])
@@ -174,7 +182,13 @@ class Guest:
             outcome = getattr(self, f"do_{step['kind']}")(step)
         except Exception as error:
             outcome = {"ok": False, "message": f"{type(error).__name__}: {error}"}
-        self.report("step", step=step["name"], kind=step["kind"], seconds=round(time.monotonic() - began, 3), **outcome)
+        self.report(
+            "step",
+            step=step["name"],
+            kind=step["kind"],
+            seconds=round(time.monotonic() - began, 3),
+            **outcome,
+        )
         self.reap()
         return bool(outcome["ok"])
 
@@ -217,8 +231,17 @@ class Guest:
                     if fd == pidfd:
                         del self.background[step["name"]]
                         code = self.collect(pid, pidfd)
-                        return {"ok": False, "code": code, "output": self.tail(step["name"]), "message": "ended before it was ready"}
-        return {"ok": False, "output": self.tail(step["name"]), "message": f"not ready after {step['timeout_s']} s"}
+                        return {
+                            "ok": False,
+                            "code": code,
+                            "output": self.tail(step["name"]),
+                            "message": "ended before it was ready",
+                        }
+        return {
+            "ok": False,
+            "output": self.tail(step["name"]),
+            "message": f"not ready after {step['timeout_s']} s",
+        }
 
     def do_signal(self, step: Json) -> Json:
         """Send a signal to a started process."""
@@ -230,7 +253,11 @@ class Guest:
         pid, pidfd = self.background.pop(step["target"])
         if not self.wait_for(pidfd, step["timeout_s"]):
             self.background[step["target"]] = (pid, pidfd)
-            return {"ok": False, "output": self.tail(step["target"]), "message": f"still running after {step['timeout_s']} s"}
+            return {
+                "ok": False,
+                "output": self.tail(step["target"]),
+                "message": f"still running after {step['timeout_s']} s",
+            }
         code = self.collect(pid, pidfd)
         return {"ok": code in step["codes"], "code": code, "output": self.tail(step["target"])}
 

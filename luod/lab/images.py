@@ -17,9 +17,7 @@ from pathlib import Path
 from .errors import BadImage, NoSuchKernel
 
 KERNELS_VARIABLE = "LUOD_LAB_KERNELS"
-BUILD_HINT = (
-    f"run `luoctl lab build-kernel`, or point {KERNELS_VARIABLE} at a directory with files named bzImage-VERSION"
-)
+BUILD_HINT = f"run `luoctl lab build-kernel`, or point {KERNELS_VARIABLE} at a directory with files named bzImage-VERSION"
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -98,7 +96,9 @@ def find_image(wanted: str | Path | None = None, *, directory: Path | None = Non
     return matching[-1]
 
 
-def choose_pair(kernel: str | Path | None = None, next_kernel: str | Path | None = None) -> tuple[KernelImage, KernelImage]:
+def choose_pair(
+    kernel: str | Path | None = None, next_kernel: str | Path | None = None
+) -> tuple[KernelImage, KernelImage]:
     """Choose the kernel to start from and the one to update to.
 
     Without a wish the pair is the oldest and the newest image there is: the update worth showing. With one image only, it is updated

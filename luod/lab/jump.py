@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Load the next kernel in a lab guest and jump into it, through the same adapter that luod uses.
 
-    python -m luod.lab.jump --kernel IMAGE [--append ARGUMENTS] [--load-only]
+python -m luod.lab.jump --kernel IMAGE [--append ARGUMENTS] [--load-only]
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ from .script import REPOSITORY, Boot
 GUEST = Path(guest.__file__).resolve()
 COVERED = ("/tmp", "/run")
 """Directories that the guest mounts fresh memory over; what the run needs below them is shown again."""
-ROOT_ARGUMENTS = "root=/dev/root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000 ro"
+ROOT_ARGUMENTS = (
+    "root=/dev/root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000 ro"
+)
 
 OnEvent = Callable[[dict[str, Any]], None]
 
@@ -237,6 +239,8 @@ def _dies_with_parent() -> list[str]:
 
 def _compile_sources() -> None:
     """Bring the checkout's bytecode up to date: the guest reads it, cannot write it, and compiles some thirty times slower."""
-    folders = [str(REPOSITORY / name) for name in ("luod", "states", "journal", "engine", "adapters", "tests")]
+    folders = [
+        str(REPOSITORY / name) for name in ("luod", "states", "journal", "engine", "adapters", "tests")
+    ]
     existing = [folder for folder in folders if os.path.isdir(folder)]
     subprocess.run([sys.executable, "-m", "compileall", "-q", *existing], capture_output=True, check=False)

@@ -117,7 +117,9 @@ class LabRun:
             what = failed.get("message") or f"exit code {failed.get('code')}"
             took = f" after {failed['seconds']} s" if "seconds" in failed else ""
             output = str(failed.get("output", "")).rstrip()
-            return f"boot {failed['boot']}, step {failed['step']!r} failed{took}: {what}" + (f"\n{output}" if output else "")
+            return f"boot {failed['boot']}, step {failed['step']!r} failed{took}: {what}" + (
+                f"\n{output}" if output else ""
+            )
         if self.ended == "timeout":
             return f"the time ran out in boot {boot}, step {step!r}"
         expected_panic = any(boot.expect == "panic" for boot in self.boots)
@@ -127,7 +129,9 @@ class LabRun:
             return "" if self.panic else f"the kernel was to panic after boot {boot} and did not"
         if self.boots_begun < len(self.boots):
             return f"{self.boots_begun} of {len(self.boots)} boots came up; the last was in boot {boot}, step {step!r}"
-        if not any(event["event"] in ("end", "cut") and event["boot"] == len(self.boots) - 1 for event in self.events):
+        if not any(
+            event["event"] in ("end", "cut") and event["boot"] == len(self.boots) - 1 for event in self.events
+        ):
             return f"the machine stopped in boot {boot}, step {step!r}, before the end of the script"
         return ""
 

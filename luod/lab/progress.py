@@ -34,6 +34,14 @@ class PlainReporter:
         self._stream = stream or sys.stderr
         self._began = self._spoke = time.monotonic()
 
+    def __enter__(self) -> PlainReporter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
     def stage(self, name: str, detail: str = "") -> None:
         """Print the stage's name."""
         self._spoke = time.monotonic()
@@ -72,7 +80,9 @@ class TerminalReporter:
         self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self._finish()
         self._progress.stop()
@@ -97,6 +107,6 @@ class TerminalReporter:
 
 
 def reporter(stream: TextIO | None = None) -> PlainReporter | TerminalReporter:
-    """Choose by where the output goes. A `TerminalReporter` is to be entered as a context manager."""
+    """Choose by where the output goes. Enter it as a context manager: a terminal is put right again at the end."""
     console = Console(file=stream or sys.stderr)
     return TerminalReporter(console) if console.is_terminal else PlainReporter(stream)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pytest plugin for lab guests: each test's outcome leaves the machine as a result line of its own, the moment it is known.
 
-    python -m pytest -p luod.lab.pytest_report ...
+python -m pytest -p luod.lab.pytest_report ...
 """
 
 from __future__ import annotations
@@ -35,4 +35,12 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Report a module that cannot be collected: its tests would be missing without a word."""
     if report.failed:
-        emit("case", name=report.nodeid, when="collect", outcome="failed", ok=False, seconds=0.0, message=report.longreprtext)
+        emit(
+            "case",
+            name=report.nodeid,
+            when="collect",
+            outcome="failed",
+            ok=False,
+            seconds=0.0,
+            message=report.longreprtext,
+        )

@@ -23,7 +23,12 @@ def emit(event: str, **fields: Any) -> None:
     """Send one result line: an event of the run, with this boot's number. Texts are cut to keep the line within its limit."""
     fields = {key: value[-6000:] if isinstance(value, str) else value for key, value in fields.items()}
     boot = int(os.environ.get("LUOD_LAB_BOOT", "0"))
-    line = {"event": event, "boot": boot, "uptime": round(time.clock_gettime(time.CLOCK_BOOTTIME), 3), **fields}
+    line = {
+        "event": event,
+        "boot": boot,
+        "uptime": round(time.clock_gettime(time.CLOCK_BOOTTIME), 3),
+        **fields,
+    }
     data = json.dumps(line).encode() + b"\n"
     if len(data) > LONGEST_LINE:
         raise ValueError(f"a result line of {len(data)} bytes is over {LONGEST_LINE}: {data[:80]!r}")

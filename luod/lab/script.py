@@ -82,7 +82,9 @@ def cut_power() -> Step:
     return Step("cut-power", "cut", timeout_s=60.0)
 
 
-def kexec(image: KernelImage, *, append: str | None = None, timeout_s: float = 60.0, name: str = "kexec") -> Step:
+def kexec(
+    image: KernelImage, *, append: str | None = None, timeout_s: float = 60.0, name: str = "kexec"
+) -> Step:
     """Load an image with kexec_file_load and jump into it; started programs stay alive until then.
 
     `append` is what the next kernel gets in place of `kho=on liveupdate=on`.
