@@ -20,11 +20,19 @@ import os
 from ...states.errors import LuodError
 
 
+_PREFERRED = {codes.EOPNOTSUPP: "EOPNOTSUPP", codes.EAGAIN: "EAGAIN", codes.EDEADLK: "EDEADLK"}
+
+
+def errno_name(errno: int) -> str:
+    """Return the name the kernel's sources use, where one number has two."""
+    return _PREFERRED.get(errno) or codes.errorcode.get(errno, str(errno))
+
+
 class KernelError(LuodError):
     """A call into the kernel failed: `operation` on `subject` (a session name, a token in hex, a path) with `errno`."""
 
     def __init__(self, operation: str, subject: str, errno: int, *, detail: str = "", hint: str = "") -> None:
-        name = codes.errorcode.get(errno, str(errno))
+        name = errno_name(errno)
         message = f"{operation} {subject}".rstrip() + f": {name}: {detail or os.strerror(errno)}"
         super().__init__(message, hint=hint)
         self.operation = operation
@@ -34,7 +42,7 @@ class KernelError(LuodError):
     @property
     def errno_name(self) -> str:
         """The symbolic errno, such as "EBUSY"."""
-        return codes.errorcode.get(self.errno, str(self.errno))
+        return errno_name(self.errno)
 
 
 class DeviceError(KernelError):
