@@ -199,7 +199,7 @@ AnyCommand = (
 )  # fmt: skip
 COMMANDS: dict[str, type[Command]] = {
     str(cls.__struct_config__.tag): cls
-    for cls in AnyCommand.__args__  # type: ignore[attr-defined]
+    for cls in AnyCommand.__args__
 }
 CLIENT_VERBS = frozenset(
     {"SUBSCRIBE", "UNSUBSCRIBE", "PRESERVED", "NACK", "ABORTED", "ADOPT", "CLAIM", "RESTORED", "FINISHED"}

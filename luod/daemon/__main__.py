@@ -69,6 +69,7 @@ def run(argv: list[str] | None = None) -> int:
     """Run luod; return its exit code."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="luod: %(levelname)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("transitions").setLevel(logging.WARNING)
     overrides: dict[str, Any] = {
         key: getattr(args, key) for key in ("kernel", "emulator", "state_dir", "run_dir", "volatile")
     }

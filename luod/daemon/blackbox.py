@@ -23,8 +23,8 @@ from ..adapters.liveupdate.errors import (
 )
 from ..engine.ports import Custody, Kernel
 from ..engine.reconcile import Held as HeldAnswer
-from ..journal.record import Record
 from ..journal.errors import RingError
+from ..journal.record import Record
 from ..journal.ring import Ring
 from ..journal.writer import Journal
 from ..states.names import BLACK_BOX_SESSION, BLACK_BOX_TOKEN
