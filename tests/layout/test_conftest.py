@@ -76,7 +76,17 @@ def test_every_kind_of_leak_is_found(tmp_path: Path) -> None:
     assert "GRACE_S = 5.0" in source
     (tmp_path / "conftest.py").write_text(source.replace("GRACE_S = 5.0", "GRACE_S = 0.5"))
     (tmp_path / "test_leaky.py").write_text(LEAKY)
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(tmp_path),
+    ]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     lines = result.stdout.splitlines()
     assert "1 failed" not in result.stdout
