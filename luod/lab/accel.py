@@ -6,6 +6,7 @@ A nested /dev/kvm may answer every ioctl and still die at the guest's first inst
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -46,18 +47,23 @@ def acceleration(
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     key = f"{boot_id} {qemu()} {os.stat(qemu()).st_mtime_ns}"
     file = (cache or cache_root()) / "kvm-probe.json"
-    try:
-        known = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
-        known = {}
-    if known.get("key") != key:
-        known = {"key": key, "works": _boots_with_kvm(image)}
-        try:
+    works = _remembered(file, key)
+    if works is None:
+        works = _boots_with_kvm(image)
+        with contextlib.suppress(OSError):  # a read-only cache only costs the next run its own probe
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(known), encoding="utf-8")
-        except OSError:  # a read-only cache only costs the next run its own probe
-            pass
-    return KVM if known["works"] else TCG
+            file.write_text(json.dumps([key, works]), encoding="utf-8")
+    return KVM if works else TCG
+
+
+def _remembered(file: Path, key: str) -> bool | None:
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if found == [key, True]:
+        return True
+    return False if found == [key, False] else None
 
 
 def _boots_with_kvm(image: KernelImage) -> bool:

@@ -9,11 +9,13 @@ what is left, and a change of the options redoes only what depends on them. `mak
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
 import signal
 import subprocess
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -69,7 +71,7 @@ def missing_packages(include: Path = Path("/usr/include")) -> list[str]:
 
 def fragment() -> str:
     """Return the kernel options that the lab sets."""
-    return resources.files(__package__).joinpath("kernel.fragment").read_text(encoding="utf-8")
+    return resources.files("luod.lab").joinpath("kernel.fragment").read_text(encoding="utf-8")
 
 
 def build_kernel(
@@ -199,23 +201,25 @@ def _unpack(plan: BuildPlan, package: Path) -> None:
         ("tar", "-xJ", "--strip-components=1", "-C", str(fresh)),
     )
     running: list[subprocess.Popen[bytes]] = []
-    with plan.log.open("ab") as log:
+    with plan.log.open("ab") as log, contextlib.ExitStack() as stack:
         try:
-            upstream = None
-            for command in commands:
-                last = command is commands[-1]
+            for number, command in enumerate(commands):
                 process = subprocess.Popen(
-                    command, stdin=upstream, stdout=log if last else subprocess.PIPE, stderr=log
+                    command,
+                    stdin=running[-1].stdout if running else subprocess.DEVNULL,
+                    stdout=log if number == len(commands) - 1 else subprocess.PIPE,
+                    stderr=log,
                 )
+                stack.enter_context(process)
+                if running and running[-1].stdout is not None:
+                    running[
+                        -1
+                    ].stdout.close()  # so that a program upstream hears of the end of the one that reads it
                 running.append(process)
-                if upstream is not None:
-                    upstream.close()
-                upstream = process.stdout
             codes = [process.wait() for process in running]
         except BaseException:
             for process in running:
                 process.kill()
-                process.wait()
             raise
     if any(codes):
         raise BuildFailed(
@@ -234,26 +238,27 @@ def _make(plan: BuildPlan, report: Reporter, target: str) -> None:
         f"-j{plan.jobs}",
         "KBUILD_BUILD_USER=luod",
         "KBUILD_BUILD_HOST=lab",
-        target,
     ]
+    command.append(target)
     environment = {**os.environ, "LC_ALL": "C"}
-    with plan.log.open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(
+    tail: deque[str] = deque(maxlen=15)
+    with (
+        plan.log.open("a", encoding="utf-8") as log,
+        subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             text=True, errors="replace", env=environment, start_new_session=True,
-        )  # fmt: skip
-        tail: list[str] = []
+        ) as process,
+    ):  # fmt: skip
         try:
             assert process.stdout is not None
             for count, line in enumerate(process.stdout):
                 log.write(line)
-                tail = [*tail[-14:], line]
+                tail.append(line)
                 report.advance(count / OBJECTS_EXPECTED, line.strip())
-            code = process.wait()
         except BaseException:
             os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
             raise
+    code = process.returncode
     if code:
         raise BuildFailed(
             f"make {target} failed ({code}):\n{''.join(tail)}", hint=f"the whole log is {plan.log}"

@@ -270,9 +270,11 @@ class Guest:
     # -- processes -------------------------------------------------------------------------------------------------------------
 
     def output_path(self, name: str) -> str:
+        """Return where a step's output goes."""
         return f"{LAB}/{self.boot}-{name}.out"
 
     def tail(self, name: str) -> str:
+        """Return the end of a step's output."""
         with contextlib.suppress(OSError), open(self.output_path(name), "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - OUTPUT_TAIL))
             return file.read().decode("utf-8", "replace")
@@ -312,9 +314,9 @@ class Guest:
             os.setgroups([])
             os.setresgid(step["uid"], step["uid"], step["uid"])
             os.setresuid(step["uid"], step["uid"], step["uid"])
-        signal.set_wakeup_fd(-1)
 
     def wait_for(self, pidfd: int, timeout_s: float) -> bool:
+        """Wait for the end of a process; False when the time is over first."""
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)
         return bool(poll.poll(timeout_s * 1000))

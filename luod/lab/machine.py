@@ -8,6 +8,7 @@ end is read here; the kernel's console goes to a file. QEMU is watched and stopp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
@@ -44,7 +45,8 @@ class Machine:
     """A machine that starts with `kernel` and leaves everything about a run in `directory`.
 
     `memory_mib`, `cpus` and `state_mib` are its size. `show` names more host files and directories that the guest must see although
-    they lie below /tmp or /run; the interpreter, the checkout and what steps name as arguments are seen anyway. `devices` are more QEMU options. `environment` is set for every step.
+    they lie below /tmp or /run; the interpreter, the checkout and what steps name as arguments are seen anyway. `devices` are more
+    QEMU options. `environment` is set for every step.
     """
 
     def __init__(
@@ -114,10 +116,18 @@ class Machine:
         ]  # fmt: skip
 
     def prepare(self, boots: Sequence[Boot], files: dict[str, bytes] | None = None) -> None:
-        """Make the run's directory and the state disk, with the script and `files` (path on the disk -> content) on it."""
-        if self.directory.exists():
+        """Make the run's directory and the state disk, with the script and `files` (path on the disk -> content) on it.
+
+        An earlier run in the directory is removed; anything else there is an error.
+        """
+        if self.directory.exists() and any(self.directory.iterdir()):
+            if not (self.directory / "script.json").exists():
+                raise LabError(
+                    f"{self.directory} is not empty and holds no earlier lab run",
+                    hint="name a directory of its own for the run",
+                )
             shutil.rmtree(self.directory)
-        self.directory.mkdir(parents=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         script = {
             "boots": [{"steps": [step.as_json() for step in boot.steps]} for boot in boots],
             "environment": self.environment,
@@ -184,10 +194,8 @@ class Machine:
             try:
                 return self._watch(ours, pidfd, deadline, take)
             finally:
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
                 os.close(pidfd)
                 process.wait()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,27 @@ def run_lab() -> RunLab:
     """Run a script of boots on a machine whose directory stays: `run_lab("name", kernel, [Boot(...), ...], timeout_s=90)`."""
     base = Path(os.environ.get("LUOD_LAB_OUT", LAB_OUT))
 
-    def run(name: str, kernel: KernelImage, boots: list[Boot], *, timeout_s: float, files: Any = None, **size: Any) -> LabRun:
+    def run(
+        name: str, kernel: KernelImage, boots: list[Boot], *, timeout_s: float, files: Any = None, **size: Any
+    ) -> LabRun:
         directory = base / re.sub(r"[^A-Za-z0-9._-]+", "-", name)
         return Machine(kernel, directory, **size).run(boots, timeout_s=timeout_s, files=files)
 
     return run
+
+
+def write_image(path: Path, release: str, *, magic: bytes = b"HdrS", pointer: int = 0x3000) -> Path:
+    """Write what a bzImage begins with: the header's magic and the pointer to the version string."""
+    head = bytearray(0x4000)
+    head[0x202:0x206] = magic
+    struct.pack_into("<H", head, 0x20E, pointer)
+    text = f"{release} (luod@lab) #1 SMP PREEMPT_DYNAMIC".encode() + b"\0"
+    head[0x3200 : 0x3200 + len(text)] = text
+    path.write_bytes(bytes(head))
+    return path
+
+
+@pytest.fixture(scope="session")
+def image() -> Callable[..., Path]:
+    """Make a file that looks like a kernel image: `image(path, release)`."""
+    return write_image

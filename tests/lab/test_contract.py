@@ -28,13 +28,20 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         metafunc.parametrize("case", list(listed_once()) if chosen else ["all"])
     if "nodeid" in metafunc.fixturenames:
-        metafunc.parametrize("nodeid", collected() if chosen else [MODULE], ids=lambda nodeid: nodeid.split("::", 1)[-1])
+        metafunc.parametrize(
+            "nodeid", collected() if chosen else [MODULE], ids=lambda nodeid: nodeid.split("::", 1)[-1]
+        )
 
 
 def collected() -> list[str]:
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", MODULE]
     done = subprocess.run(
-        command, cwd=REPOSITORY, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
+        command,
+        cwd=REPOSITORY,
+        env={**os.environ, **ENVIRONMENT},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     nodeids = [line for line in done.stdout.splitlines() if "::" in line]
     if done.returncode or not nodeids:
@@ -77,7 +84,9 @@ def driver(*arguments: str) -> list[str]:
 def listed_once() -> dict[str, list[int]]:
     """Ask the driver for its cases and the stages of each."""
     done = subprocess.run(driver("--list"), capture_output=True, text=True, check=True, cwd=REPOSITORY)
-    return {name: [int(stage) for stage in stages] for name, *stages in map(str.split, done.stdout.splitlines())}
+    return {
+        name: [int(stage) for stage in stages] for name, *stages in map(str.split, done.stdout.splitlines())
+    }
 
 
 def stage(number: int, *arguments: str) -> Step:
@@ -100,7 +109,9 @@ def test_kexec_case(stages, case) -> None:
     for number in listed_once()[case]:
         path = stages.state / "lab" / f"{number - 1}-stage-{number}.out"
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        verdicts = [line for line in lines if line.split()[1:2] == [case] and line.split()[0] in ("ok", "FAIL")]
+        verdicts = [
+            line for line in lines if line.split()[1:2] == [case] and line.split()[0] in ("ok", "FAIL")
+        ]
         if not verdicts:
             stages.check()
             pytest.fail(f"stage {number} of the case never reported; see {stages.directory}")

@@ -75,7 +75,10 @@ class TestFiftyOneSessions:
     @staticmethod
     def boots(image, guard: str, expect: str) -> list[Boot]:
         make = start("make", program("fifty_one.py", "make", guard), ready=True)
-        return [Boot([make, kexec(image)], expect=expect), Boot([run("take", program("fifty_one.py", "take"))])]
+        return [
+            Boot([make, kexec(image)], expect=expect),
+            Boot([run("take", program("fifty_one.py", "take"))]),
+        ]
 
     def test_without_the_guard_the_next_kernel_panics(self, newest, run_lab) -> None:
         lab = run_lab("trap-unguarded", newest, self.boots(newest, "unguarded", "panic"), timeout_s=90)

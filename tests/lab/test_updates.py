@@ -21,7 +21,9 @@ def program(name: str, *arguments: str | Path) -> list[str | Path]:
 def test_three_updates_in_a_row_between_two_versions(pair, run_lab) -> None:
     """Old to new, and new to new twice: what is handed on each time stays, what nobody takes is gone one update later."""
     old, new = pair
-    boots = [Boot([start("chain", program("chain.py", str(boot)), ready=True), kexec(new)]) for boot in range(3)]
+    boots = [
+        Boot([start("chain", program("chain.py", str(boot)), ready=True), kexec(new)]) for boot in range(3)
+    ]
     boots.append(Boot([start("chain", program("chain.py", "3"), ready=True)]))
     lab = run_lab("three-updates", old, boots, timeout_s=150).check()
     assert [event["kernel"].split("-")[0] for event in lab.of("boot")] == [old.version] + [new.version] * 3
@@ -44,7 +46,13 @@ def test_power_cut_loses_the_sessions_and_keeps_what_was_synced(newest, run_lab)
     """A cold boot where an update was meant: the sessions do not exist, and asking for them does not hang."""
     write = "echo synced > /run/state/note && sync /run/state/note && echo not > /run/state/unsynced"
     boots = [
-        Boot([start("hold", program("hold.py"), ready=True), run("write", ["/bin/sh", "-c", write]), cut_power()]),
+        Boot(
+            [
+                start("hold", program("hold.py"), ready=True),
+                run("write", ["/bin/sh", "-c", write]),
+                cut_power(),
+            ]
+        ),
         Boot([run("look", program("look.py"))], cold=True),
     ]
     lab = run_lab("power-cut", newest, boots, timeout_s=90).check()

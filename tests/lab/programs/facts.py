@@ -173,7 +173,14 @@ def hand_over() -> None:
     preserve(session, 1, fd)
     os.pwrite(fd, b"late", PAGE)
     os.lseek(fd, 123, os.SEEK_SET)
-    for name, token in (("dropped", 1), ("once", 1), ("twice", 0x2A), ("done", 3), ("reused", 1), ("carry", 5)):
+    for name, token in (
+        ("dropped", 1),
+        ("once", 1),
+        ("twice", 0x2A),
+        ("done", 3),
+        ("reused", 1),
+        ("carry", 5),
+    ):
         session = create(name)
         preserve(session, token, memfd(name.encode()))
     session = create("noexec")

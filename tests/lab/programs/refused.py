@@ -48,14 +48,18 @@ def main() -> int:
     preserve(session, 1, memfd(b"before"))
     image = KexecImage(Path(sys.argv[2]), None, Path("/proc/cmdline").read_text("utf-8").strip())
     kernel.load(image)
-    told = {"loaded": kernel.loaded(), "nobody": errno.errorcode[as_nobody(kernel)], "still_loaded": kernel.loaded()}
+    told = {
+        "loaded": kernel.loaded(),
+        "nobody": errno.errorcode[as_nobody(kernel)],
+        "still_loaded": kernel.loaded(),
+    }
     kernel.unload()
     told |= {"unloaded": not kernel.loaded(), "no_image": errno.errorcode[refusal(kernel)]}
     emit("refused", **told)
     preserve(session, 2, memfd(b"after"))
     kernel.load(image)
     os.sync()
-    kernel.kexec()
+    return refusal(kernel)
 
 
 if __name__ == "__main__":

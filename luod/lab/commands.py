@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`luoctl lab`: build kernels for the lab, list them, boot one and run its tests.
+
+The functions do the work and return plain data; the click commands only parse and print. Errors are `LuodError`s, which the program
+that carries this group turns into messages and exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .build import DEFAULT_VERSION, build_kernel
+from .errors import LabRunFailed, LabUnavailable
+from .images import KERNELS_VARIABLE, KernelImage, available, find_image, kernels_directory
+from .machine import Machine
+from .outcome import LabRun
+from .progress import reporter
+from .script import DEFAULT_ARGUMENTS, REPOSITORY, Boot, run
+
+
+def describe(image: KernelImage) -> dict[str, str]:
+    """Return what `--json` says about an image."""
+    return {"version": image.version, "release": image.release, "path": str(image.path)}
+
+
+def lab_build_kernel(
+    version: str = DEFAULT_VERSION, *, suite: str | None = None, jobs: int | None = None, keep: bool = False
+) -> KernelImage:
+    """Build a kernel into the user's cache, showing progress on standard error. Raises `LabUnavailable` and `BuildFailed`."""
+    with reporter() as progress:
+        return build_kernel(version, suite=suite, jobs=jobs, keep=keep, progress=progress)
+
+
+def lab_boot(
+    command: Sequence[str],
+    *,
+    kernel: str | None = None,
+    arguments: str = DEFAULT_ARGUMENTS,
+    directory: Path | None = None,
+    timeout_s: float = 120.0,
+    on_event: Callable[[dict[str, Any]], None] | None = None,
+) -> LabRun:
+    """Boot a kernel, run one command in it and power off. The command sees the host's files, read-only.
+
+    The run's files stay in `directory`, or in a new temporary directory.
+    """
+    place = directory or Path(tempfile.mkdtemp(prefix="luod-lab-"))
+    step = run("command", command, directory=str(Path.cwd()), timeout_s=timeout_s)
+    boot = Boot([step], arguments=arguments)
+    return Machine(find_image(kernel), place).run([boot], timeout_s=timeout_s + 30, on_event=on_event)
+
+
+def lab_test(arguments: Sequence[str] = ()) -> int:
+    """Run the tests that need real kernels and return pytest's exit code. Raises `LabUnavailable` outside a checkout."""
+    if not (REPOSITORY / "tests" / "lab").is_dir():
+        raise LabUnavailable(
+            "the lab's tests are not here: they come with the source tree",
+            hint="run this in a checkout of luod",
+        )
+    command = [sys.executable, "-m", "pytest", "-m", "lab", "tests/lab", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
+
+
+@click.group("lab")
+def lab() -> None:
+    """Real kernels in QEMU: build, boot, update, test."""
+
+
+@lab.command("build-kernel")
+@click.option(
+    "--version",
+    default=DEFAULT_VERSION,
+    show_default=True,
+    help="Linux version: X.Y, or X.Y.Z to insist on one.",
+)
+@click.option("--suite", help="Debian suite to take linux-source-X.Y from; otherwise it is searched.")
+@click.option(
+    "--jobs", "-j", type=click.IntRange(1), help="Compilers at once; otherwise one for each processor."
+)
+@click.option("--keep", is_flag=True, help="Keep the source tree (3 GB) for the next build.")
+@click.option("--json", "as_json", is_flag=True, help="Print the image as a JSON object.")
+def build_kernel_command(
+    version: str, suite: str | None, jobs: int | None, keep: bool, as_json: bool
+) -> None:
+    """Build a kernel with live update from Debian's source package. No root needed; an interrupted build continues."""
+    image = lab_build_kernel(version, suite=suite, jobs=jobs, keep=keep)
+    click.echo(json.dumps(describe(image)) if as_json else str(image.path))
+
+
+@lab.command("kernels")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON array.")
+def kernels_command(as_json: bool) -> None:
+    """List the kernels that the lab can boot. Exit code 1 when there is none."""
+    images = available()
+    if as_json:
+        click.echo(json.dumps([describe(image) for image in images]))
+    elif images:
+        for image in images:
+            click.echo(f"{image.version}\t{image.release}\t{image.path}")
+    else:
+        click.echo(
+            f"no kernels in {kernels_directory()}: run `luoctl lab build-kernel` or set {KERNELS_VARIABLE}",
+            err=True,
+        )
+    if not images:
+        raise click.exceptions.Exit(1)
+
+
+@lab.command("boot", context_settings={"ignore_unknown_options": True})
+@click.option("--kernel", metavar="VERSION|FILE", help="Kernel to boot; otherwise the newest.")
+@click.option("--append", "arguments", default=DEFAULT_ARGUMENTS, show_default=True, help="Kernel arguments.")
+@click.option(
+    "--timeout", "timeout_s", type=float, default=120.0, show_default=True, help="Seconds for the command."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Directory for console log and results; it is emptied."
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def boot_command(
+    kernel: str | None, arguments: str, timeout_s: float, out: Path | None, command: tuple[str, ...]
+) -> None:
+    """Boot a kernel and run COMMAND in it, as root, with the host's files read-only. Ends with the command's exit code."""
+    program = command if os.path.sep in command[0] else ("/usr/bin/env", *command)
+    result = lab_boot(program, kernel=kernel, arguments=arguments, timeout_s=timeout_s, directory=out)
+    outcome = next((event for event in result.of("step")), None)
+    if outcome is None or outcome.get("code") is None:
+        raise LabRunFailed(
+            result.problem() or "the command did not run",
+            hint=f"everything about this run is in {result.directory}",
+        )
+    click.echo((result.state / "lab" / "0-command.out").read_text("utf-8", "replace"), nl=False)
+    if out is None:
+        shutil.rmtree(result.directory)
+    raise click.exceptions.Exit(int(outcome["code"]) if outcome["code"] >= 0 else 128 - int(outcome["code"]))
+
+
+@lab.command("test", context_settings={"ignore_unknown_options": True})
+@click.argument("pytest_arguments", nargs=-1, type=click.UNPROCESSED)
+def test_command(pytest_arguments: tuple[str, ...]) -> None:
+    """Run the tests on real kernels. More arguments go to pytest."""
+    raise click.exceptions.Exit(lab_test(pytest_arguments))
