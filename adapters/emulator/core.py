@@ -255,7 +255,9 @@ class KernelModel:
             self._finish(session)
         else:
             self._check_reserved(arg)
-            return arg[:8] + session.name + b"\0" + arg[8 + len(session.name) + 1 :], None
+            # The name is copied in words of 8 bytes: zeros up to the end of its last word, then the caller's own bytes.
+            written = session.name.ljust(len(session.name) // 8 * 8 + 8, b"\0")
+            return arg[:8] + written + arg[8 + len(written) :], None
         return arg, None
 
     @staticmethod

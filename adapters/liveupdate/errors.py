@@ -19,7 +19,6 @@ import os
 
 from ...states.errors import LuodError
 
-
 _PREFERRED = {codes.EOPNOTSUPP: "EOPNOTSUPP", codes.EAGAIN: "EAGAIN", codes.EDEADLK: "EDEADLK"}
 
 

@@ -514,7 +514,7 @@ MUTANTS: list[tuple[str, str, str, Callable[..., None]]] = [
     (
         "EIO once only",
         "            self._deserialize_error = self._deserialize()\n        if self._deserialize_error:\n",
-        "            self._deserialize_error = 0\n            if self._deserialize():\n                raise Refused(5)\n        if False:\n",
+        "            self._deserialize_error = 0\n            if self._deserialize():\n                raise Refused(5)\n        if 0:\n",
         test_an_unknown_handler_breaks_the_device_for_ever,
     ),
     (

@@ -442,7 +442,13 @@ def test_x28_eio_is_for_ever(world: World) -> None:
 def test_x30_get_name_keeps_the_callers_tail(world: World) -> None:
     session = world.session("short")
     got = world.ioctl(session, abi.GET_NAME, struct.pack("<II64s", 72, 0, b"#" * 64))
-    assert got[8:] == b"short\0" + b"#" * 58
+    assert got[8:] == b"short\0\0\0" + b"#" * 56  # in words of 8 bytes
+    session = world.session("8 bytes!")
+    got = world.ioctl(session, abi.GET_NAME, struct.pack("<II64s", 72, 0, b"#" * 64))
+    assert got[8:] == b"8 bytes!" + bytes(8) + b"#" * 48
+    session = world.session("n" * 63)
+    got = world.ioctl(session, abi.GET_NAME, struct.pack("<II64s", 72, 0, b"#" * 64))
+    assert got[8:] == b"n" * 63 + b"\0"
 
 
 def test_x30_any_byte_but_nul(world: World) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -122,10 +123,17 @@ def test_a_case_within_a_boot_notices(tmp_path: Path, mutant: Mutant) -> None:
 
 
 def _fails(emulator: Emulator, case: object) -> bool:
+    before = set(os.listdir("/proc/self/fd"))
     try:
         _run(emulator, case)
     except (Exception, pytest.fail.Exception):
         return True
+    finally:
+        for name in (
+            set(os.listdir("/proc/self/fd")) - before
+        ):  # a session that should not have been made has no owner
+            with contextlib.suppress(OSError):
+                os.close(int(name))
     return False
 
 
