@@ -29,6 +29,7 @@ from .errors import (
     DeviceError,
     KernelError,
     KexecRefused,
+    SessionGone,
     kernel_error,
 )
 from .syscalls import Syscalls
@@ -179,8 +180,14 @@ class LiveUpdate:
         try:
             self.syscalls.ioctl(session_fd, request, buf)
         except OSError as error:
-            subject = self._subject(session_fd, token)
-            raise kernel_error(abi.OPERATIONS[request], subject, error) from error
+            raise self._refusal(session_fd, request, token, error) from error
+
+    def _refusal(self, session_fd: int, request: int, token: int | None, error: OSError) -> KernelError:
+        operation, subject = abi.OPERATIONS[request], self._subject(session_fd, token)
+        if error.errno == errno.EBADF and not self._is_open(session_fd):
+            # PRESERVE_FD says EBADF of its argument, too: tell the two apart.
+            return SessionGone(operation, subject, errno.EBADF, hint="the session fd is closed")
+        return kernel_error(operation, subject, error)
 
     def _subject(self, session_fd: int, token: int | None) -> str:
         buf = abi.pack_name()
@@ -210,7 +217,7 @@ class LiveUpdate:
                 return True
             if error.errno == errno.EBADF and self._is_open(session_fd):
                 return False
-            raise kernel_error("PRESERVE_FD", self._subject(session_fd, token), error) from error
+            raise self._refusal(session_fd, abi.PRESERVE_FD, token, error) from error
         raise KernelError(
             "PRESERVE_FD",
             self._subject(session_fd, token),
