@@ -47,7 +47,8 @@ class Holdings:
     def now(cls) -> Holdings:
         fds = set()
         for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(FileNotFoundError):  # the descriptor that lists the directory is closed by now
+            # The descriptor by which the directory is listed is closed by now.
+            with contextlib.suppress(FileNotFoundError):
                 fds.add((int(name), os.readlink(f"/proc/self/fd/{name}")))
         return cls(frozenset(fds), frozenset(children()), frozenset(threading.enumerate()))
 
@@ -103,9 +104,9 @@ def leaks(before: Holdings, grace_s: float = GRACE_S) -> list[str]:
     for pid in children() - before.children:
         # Reading the command line first: a process that has ended has none any more.
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
             if outlives(pid, grace_s):
-                found.append(f"process {pid} is still running: {command[:200]}")
+                found.append(f"process {pid} is still running: {command[:200].decode(errors='replace')}")
                 os.kill(pid, signal.SIGKILL)
                 outlives(pid, grace_s)
     if Holdings.now().fds - before.fds:
