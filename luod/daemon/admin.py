@@ -21,9 +21,10 @@ from .. import __version__
 from ..engine.errors import Refused
 from ..engine.ports import Intent
 from ..states import events as ev
-from ..states.fold import Session, Streamed, Update
+from ..states.fold import Session
+from ..views import record_json, session_json, update_json
 from .connection import Connection
-from .desk import Desk, to_json
+from .desk import Desk
 
 if TYPE_CHECKING:
     from ..journal.record import Record
@@ -214,54 +215,3 @@ def _digest(path: Path) -> str:
         raise Refused(
             "BAD_IMAGE", f"{path} cannot be read: {error.strerror}", hint="give the path of a kernel image"
         ) from None
-
-
-def _effects_json(record: Streamed) -> Reply:
-    return {
-        key: {
-            "kind": one.kind, "status": one.status, "how": one.how, "errno": one.errno, "attempt": one.attempt,
-        }
-        for key, one in record.effects.items()
-    }  # fmt: skip
-
-
-def _entered_json(record: Streamed) -> Reply:
-    return {
-        state: {"wall_ns": at.wall_ns, "boot_ns": at.boot_ns, "boot_id": at.boot_id}
-        for state, at in record.entered.items()
-    }
-
-
-def session_json(session: Session) -> Reply:
-    """Return a session as every tool shows it."""
-    return {
-        "id": session.id, "client": session.client, "attempt": session.attempt, "state": str(session.state),
-        "owner": {"uid": session.owner.uid, "gid": session.owner.gid, "pid": session.owner.pid} if session.owner else None,
-        "policy": session.policy, "update": session.update, "kernel_name": session.kernel_name,
-        "resources": [to_json(one) for one in session.resources],
-        "steps": {key: {"ok": step.ok, "errno": step.errno} for key, step in session.steps.items()},
-        "effects": _effects_json(session), "entered": _entered_json(session),
-        "reason": session.reason or session.abort_reason, "anomalies": list(session.anomalies),
-    }  # fmt: skip
-
-
-def update_json(update: Update) -> Reply:
-    """Return an update as every tool shows it."""
-    return {
-        "id": update.id, "number": update.number, "state": str(update.state), "sessions": list(update.sessions),
-        "dropped": list(update.dropped), "paused": update.paused, "box": update.box, "counts": update.counts,
-        "refused": update.refused, "effects": _effects_json(update), "entered": _entered_json(update),
-        "reason": update.reason or update.abort_reason, "anomalies": list(update.anomalies),
-    }  # fmt: skip
-
-
-def record_json(record: Record) -> Reply:
-    """Return a journal record as every tool shows it."""
-    try:
-        body: Any = msgspec.json.decode(record.body)
-    except msgspec.DecodeError:
-        body = {"undecodable": record.body.hex()}
-    return {
-        "id": record.id, "stream": record.stream, "seq": record.seq, "type": record.type, "wall_ns": record.wall_ns,
-        "boot_ns": record.boot_ns, "boot_id": record.boot_id, "run_id": record.run_id, "cause": record.cause, "body": body,
-    }  # fmt: skip

@@ -90,10 +90,23 @@ class Luod:
         mine = [client for client in connection.clients if self._by_client.get(client) is connection]
         for client in mine:
             del self._by_client[client]
+        for client in mine:
+            self._forget_peer(client)
         if connection.peer not in self._peers.values():
             connection.peer.close()
         self.pulse.beat()
         return mine
+
+    def _forget_peer(self, client: str) -> None:
+        """Stop watching the process of a client that has nothing left to do."""
+        session = self.engine.book.of_client(client)
+        if client in self._by_client or (
+            session is not None and session.state not in (S.NEW, *SESSION.final)
+        ):
+            return
+        peer = self._peers.pop(client, None)
+        if peer is not None and not any(peer is one.peer for one in self.connections):
+            peer.close()
 
     def connection(self, session: Session) -> Connection | None:
         """Return the open connection that speaks for a session's client."""
@@ -169,6 +182,10 @@ class Luod:
     # -- journal
 
     def _listen(self, record: Record) -> None:
+        session = self.engine.book.session(record.stream)
+        if session is not None and session.state in SESSION.final:
+            self._let_go.discard(session.id)
+            self._forget_peer(session.client)
         self.pulse.beat()
         for watcher in list(self._watch):
             watcher(record)

@@ -24,7 +24,7 @@ from ..states.fold import Effect, Session
 from ..states.names import check_client_id
 from ..states.table import SESSION
 from ..states.table import SessionState as S
-from ..states.table import UpdateState as U
+from ..views import to_json
 from . import effects
 from .connection import Connection
 from .director import OUTGOING
@@ -319,15 +319,19 @@ class Desk:
         """A step of a restore plan has an outcome."""
         session = self._mine(connection, command.id, "RESTORED")
         self._speaks(connection, session, "RESTORED")
+        step = ev.SessionStep(str(command.token), command.step, command.ok, command.errno or "")
+        key = f"{step.token}/{step.step}"
+        known = session.steps.get(key)
+        if session.state == S.RESTORED and command.ok and known is not None and known.ok:
+            return {"open_steps": []}
         if session.state != S.RETRIEVED:
             raise out_of_order(session, "RESTORED")
-        step = ev.SessionStep(
-            str(command.token), command.step, command.ok, getattr(command, "errno", "") or ""
-        )
         facts: list[tuple[str, ev.Event]] = [(session.id, step)]
         if not command.ok:
             why = f"step {step.step} of {step.token} failed"
             facts.append((session.id, ev.SessionFailed(why, step.errno)))
+        elif session.open_steps() == [key]:
+            facts.append((session.id, ev.SessionRestored()))
         await self.engine.record(*facts)
         if not command.ok:
             self.luod.spawn(self.luod.director.close_if_done)
@@ -429,14 +433,3 @@ def resources_of(declared: Sequence[Any]) -> tuple[ev.Resource, ...]:
                 hint="a token names one resource of a session",
             )
     return resources
-
-
-def to_json(resource: ev.Resource) -> dict[str, Any]:
-    """Return a resource as the wire shows it."""
-    return {
-        "token": resource.token, "kind": resource.kind, "size": resource.size, "label": resource.label,
-        "checksum": resource.checksum, "plan": [{"step": one.step, "args": one.args} for one in resource.plan],
-    }  # fmt: skip
-
-
-RECOVERING = U.RECOVERING

@@ -1,0 +1,412 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's host: starts an emulated machine's processes, plays its operator, and looks at everything afterwards.
+
+One run is: boot, clients subscribe, load, kexec, boot again, clients claim, verify and finish. Whenever luod dies it is started again at
+once, and the operator asks again for what was asked for. All waiting is on pipes, pidfds and WATCH.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import select
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..adapters.emulator import __main__ as emulator_main
+from ..adapters.emulator.control import Control
+from ..adapters.emulator.images import stub_image
+from ..adapters.keeper import __main__ as keeper_main
+from ..client import Client, ConnectionLost
+from ..daemon import __main__ as luod_main
+from ..journal.errors import JournalVolatile
+from ..journal.volume import check
+from ..states.errors import LuodError
+from . import client as demo_client
+from .process import Child
+
+PATIENCE_S = 90.0
+CMDLINE = "console=ttyS0 kho=on liveupdate=on"
+Say = Callable[[str], None]
+
+
+class DemoFailed(LuodError):
+    """The demo did not end as it must; the message says where, the hint where to look."""
+
+
+class Setting(msgspec.Struct, frozen=True):
+    """What one run is: how many sessions of how many bytes each, and where luod is to die."""
+
+    sessions: int = 8
+    size: int = 16 << 20
+    kill_at: str = ""
+    operator: str = "again"
+    """What the operator does with an update that waits for a person: `again` or `abort`."""
+
+
+class Outcome(msgspec.Struct):
+    """What one run has shown."""
+
+    ending: str
+    restarts: int = 0
+    bytes_verified: int = 0
+    points: list[str] = []
+    sessions: list[dict[str, Any]] = []
+    update: dict[str, Any] | None = None
+    audit: list[dict[str, Any]] = []
+    fds_before: dict[str, list[str]] = {}
+    fds_after: dict[str, list[str]] = {}
+    late_records: list[str] = []
+    kernel: str = "emulated luo-v5"
+    boots: list[str] = []
+
+
+def is_volatile(place: Path) -> bool:
+    """Say whether a journal in `place` would be forgotten by a power cut."""
+    try:
+        check(place)
+    except JournalVolatile:
+        return True
+    return False
+
+
+def workspace(parent: Path | None = None) -> Path:
+    """Make a directory for a run, on a file system that keeps what is synced where there is one."""
+    for place in (parent, Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()):
+        if place is not None and os.access(place, os.W_OK) and not is_volatile(place):
+            return Path(tempfile.mkdtemp(prefix="luod-demo-", dir=place))
+    return Path(tempfile.mkdtemp(prefix="luod-demo-"))
+
+
+class Host:
+    """One emulated machine in a directory."""
+
+    def __init__(self, directory: Path, setting: Setting, say: Say = lambda _: None) -> None:
+        self.dir = directory
+        self.setting = setting
+        self.say = say
+        self.run_dir = directory / "run"
+        self.emulator_dir = directory / "emu"
+        self.trace = directory / "points"
+        self.outcome = Outcome("unfinished")
+        self.boot = 0
+        self._children: dict[str, Child] = {}
+        for one in (self.run_dir, directory / "logs"):
+            one.mkdir(parents=True, exist_ok=True)
+        (directory / "state").mkdir(mode=0o700, exist_ok=True)
+        self.image = stub_image(directory / "next-kernel")
+
+    # -- processes
+
+    def _start(self, name: str, work: Callable[[int], int]) -> Child:
+        old = self._children.pop(name, None)
+        if old is not None:
+            old.stop()
+        child = Child(name, work, self.dir / "logs" / f"{name.replace('/', '-')}.log")
+        self._children[name] = child
+        return child
+
+    def _ready(self, child: Child) -> None:
+        if not child.line(PATIENCE_S):
+            raise self.failed(f"{child.name} did not start")
+
+    def start_emulator(self) -> None:
+        """Start the emulated kernel."""
+        args = ["--dir", str(self.emulator_dir)]
+        child = self._start("emulator", lambda pipe: emulator_main.main([*args, "--ready-fd", str(pipe)]))
+        self._ready(child)
+        self.control = Control(self.emulator_dir, timeout=PATIENCE_S)
+
+    def start_boot(self) -> None:
+        """Be init: start the keeper and luod, and watch for the next boot."""
+        self.boot += 1
+        self.boot_id = self.control.boot_id()
+        self.outcome.boots.append(self.boot_id)
+        args = ["--dir", str(self.run_dir), "--kernel", "emulated", "--emulator", str(self.emulator_dir)]
+        keeper = self._start("keeper", lambda pipe: keeper_main.run([*args, "--ready-fd", str(pipe)]))
+        self.control.attach(keeper.pid)
+        self._ready(keeper)
+        self.start_luod(self.setting.kill_at)
+        boot_id, directory = self.boot_id, self.emulator_dir
+        self._start("init", lambda _: _wait_boot(directory, boot_id))
+        self.control.spare(self._children["init"].pid)
+
+    def start_luod(self, kill_at: str = "") -> None:
+        """Start luod; if it kills itself at a crash point on its way up, start it again."""
+        while True:
+            args = [
+                "--kernel", "emulated", "--emulator", str(self.emulator_dir), "--run", str(self.run_dir),
+                "--state", str(self.dir / "state"), "--crash-trace", str(self.trace),
+            ]  # fmt: skip
+            if is_volatile(self.dir):
+                args += ["--volatile"]
+            if kill_at:
+                args += ["--crash-at", kill_at]
+            child = self._start("luod", functools.partial(_luod, tuple(args)))
+            self.control.attach(child.pid)
+            if child.line(PATIENCE_S):
+                return
+            if not (child.ended(PATIENCE_S) and child.code == -9 and self._hit()):
+                raise self.failed("luod did not start")
+            self.outcome.restarts += 1
+
+    def _hit(self) -> bool:
+        at = self.setting.kill_at
+        return bool(at) and self.trace.exists() and at in self.trace.read_text().splitlines()
+
+    def start_clients(self) -> None:
+        """Start the client processes of this boot."""
+        for number in range(self.setting.sessions):
+            name = f"vm{number}"
+            child = self._start(f"client/{name}", self._client(name, self.boot))
+            self.control.attach(child.pid)
+
+    def _client(self, name: str, boot: int) -> Callable[[int], int]:
+        size = self.setting.size
+
+        def work(pipe: int) -> int:
+            return demo_client.run(name, self.run_dir, "emulated", self.emulator_dir, size, boot, pipe)
+
+        return work
+
+    def clients(self) -> list[Child]:
+        """Return the client processes."""
+        return [child for name, child in self._children.items() if name.startswith("client/")]
+
+    def link(self) -> Client:
+        """Open a connection to luod as its operator."""
+        link = Client.connect(self.run_dir / "liveupdate.sock", timeout=PATIENCE_S)
+        link.hello(["progress"])
+        return link
+
+    def stop(self) -> None:
+        """End every process of the run."""
+        for name in (
+            "init",
+            *(name for name in self._children if name.startswith("client/")),
+            "luod",
+            "keeper",
+        ):
+            child = self._children.pop(name, None)
+            if child is not None:
+                child.stop()
+        if hasattr(self, "control"):
+            self.control.close()
+        child = self._children.pop("emulator", None)
+        if child is not None:
+            child.stop(signal.SIGTERM)
+
+    def failed(self, what: str) -> DemoFailed:
+        """Return an error with the last lines of every log."""
+        tails = []
+        for log in sorted((self.dir / "logs").iterdir()):
+            lines = log.read_text(errors="replace").splitlines()[-5:]
+            tails += [f"  {log.name}: {line}" for line in lines]
+        return DemoFailed("\n".join([what, *tails]), hint=f"everything of this run is in {self.dir}")
+
+    # -- the run
+
+    def run(self) -> Outcome:
+        """Go through the whole update; return what it has shown. Raises `DemoFailed`."""
+        self.start_emulator()
+        self.say("the first kernel boots")
+        self.start_boot()
+        with self.link() as link:
+            self._settle_fds(link, "before")
+        self.start_clients()
+        for child in self.clients():
+            if b"subscribed" not in child.line(PATIENCE_S):
+                raise self.failed(f"{child.name} did not subscribe")
+        self.say(f"{self.setting.sessions} clients filled their memory and subscribed")
+        if self._first_boot() == "aborted":
+            self._after_abort()
+            return self._look()
+        self.say("the second kernel boots")
+        self._bury("luod", "keeper", *(child.name for child in self.clients()))
+        self.start_boot()
+        with self.link() as link:
+            self._settle_fds(link, "before")
+        self.start_clients()
+        self._second_boot()
+        return self._look()
+
+    def _bury(self, *names: str) -> None:
+        for name in names:
+            child = self._children[name]
+            if not child.ended(PATIENCE_S):
+                raise self.failed(f"{name} outlived its kernel")
+            child.stop()
+            if name.startswith("client/"):
+                del self._children[name]
+
+    def _first_boot(self) -> str:
+        """Ask for the update until the kernel has changed or the update is undone."""
+        aborting = False
+        while True:
+            try:
+                with self.link() as link:
+                    ended = self._ask(link, aborting)
+            except (ConnectionLost, LuodError) as error:
+                if (
+                    not isinstance(error, ConnectionLost)
+                    and self._children["luod"].code is None
+                    and not self._dying()
+                ):
+                    raise
+                ended = ""
+            if ended:
+                return ended
+            ended = self._wait_change()
+            if ended:
+                return ended
+            aborting = self.setting.operator == "abort"
+
+    def _dying(self) -> bool:
+        return self._children["luod"].ended(5.0)
+
+    def _ask(self, link: Client, aborting: bool) -> str:
+        """Do what the operator has to do now, then follow the update; return its ending, or nothing when luod died."""
+        status = link.call("STATUS").fields
+        update = status["update"]
+        if update is None:
+            if not status["image_loaded"]:
+                link.call("LOAD", kernel=str(self.image), cmdline=CMDLINE)
+            link.call("KEXEC")
+        elif update["state"] in ("aborted", "lost", "done"):
+            return str(update["state"])
+        elif update["paused"]:
+            if aborting:
+                link.call("ABORT", reason="the operator has changed his mind")
+            else:
+                link.call("KEXEC")
+        link.call("WATCH", after=0)
+        while True:
+            event = link.next_event(PATIENCE_S)
+            if event.name == "PROGRESS" and event.fields["record"]["type"].startswith("update.aborted."):
+                return "aborted"
+
+    def _wait_change(self) -> str:
+        """Wait until luod has died or the boot has changed; restart luod if it killed itself."""
+        luod, init = self._children["luod"], self._children["init"]
+        poll = select.poll()
+        for child in (luod, init):
+            poll.register(child.pidfd, select.POLLIN)
+        if not poll.poll(PATIENCE_S * 1000):
+            raise self.failed("nothing happened")
+        if luod.ended() and self._hit() and not self.outcome.restarts:
+            self.outcome.restarts += 1
+            self.start_luod()
+            return ""
+        if init.ended(PATIENCE_S):
+            return "kexec"
+        raise self.failed(f"luod ended with {luod.code}")
+
+    def _second_boot(self) -> None:
+        """Wait until all clients have finished and the update is done."""
+        waiting = {child.pidfd: child for child in self.clients()}
+        while waiting:
+            luod = self._children["luod"]
+            poll = select.poll()
+            for pidfd in (*waiting, luod.pidfd):
+                poll.register(pidfd, select.POLLIN)
+            ready = poll.poll(PATIENCE_S * 1000)
+            if not ready:
+                raise self.failed("clients did not finish")
+            for pidfd, _ in ready:
+                if pidfd == luod.pidfd:
+                    self._revive()
+                else:
+                    self._take(waiting.pop(pidfd), "finished")
+        while True:
+            try:
+                with self.link() as link:
+                    if link.call("STATUS").fields["update"]["state"] != "recovering":
+                        break
+                    link.call("WATCH", after=0)
+                    while not link.next_event(PATIENCE_S).fields["record"]["type"].startswith("update.done."):
+                        pass
+            except LuodError:
+                if not self._dying():
+                    raise
+                self._revive()
+
+    def _revive(self) -> None:
+        luod = self._children["luod"]
+        if not (luod.ended(PATIENCE_S) and self._hit() and not self.outcome.restarts):
+            raise self.failed(f"luod ended with {luod.code}")
+        self.outcome.restarts += 1
+        self.start_luod()
+
+    def _take(self, child: Child, at: str) -> None:
+        child.ended(None)
+        reports = [json.loads(line) for line in child.lines_now()]
+        final = [report for report in reports if report["at"] == at]
+        if child.code != 0 or not final:
+            raise self.failed(f"{child.name} ended with {child.code}")
+        self.outcome.bytes_verified += final[-1]["bytes"]
+
+    def _after_abort(self) -> None:
+        """After an abort every client still has its memory, whole."""
+        for child in self.clients():
+            if not child.ended(PATIENCE_S):
+                raise self.failed(f"{child.name} did not hear of the abort")
+            self._take(child, "aborted")
+
+    # -- looking
+
+    def _settle_fds(self, link: Client, when: str) -> None:
+        """Note what luod and the keeper have open, with one operator connected and no client."""
+        deadline = time.monotonic() + PATIENCE_S
+        while link.call("STATUS").fields["clients"] and time.monotonic() < deadline:
+            continue
+        book = self.outcome.fds_before if when == "before" else self.outcome.fds_after
+        for name in ("luod", "keeper"):
+            book[name] = self._children[name].fds()
+
+    def _look(self) -> Outcome:
+        """Gather what the checks need, and see that one more recovery changes nothing."""
+        with self.link() as link:
+            self._settle_fds(link, "after")
+            self.outcome.sessions = link.call("SESSIONS").fields["sessions"]
+            status = link.call("STATUS").fields
+            self.outcome.update = status["update"]
+            rows = status["journal"]["rows"]
+        self.outcome.points = self.trace.read_text().splitlines() if self.trace.exists() else []
+        self._children["luod"].stop()
+        self.start_luod()
+        with self.link() as link:
+            late = link.call("JOURNAL", after=rows).fields["records"]
+        self.outcome.late_records = [record["type"] for record in late]
+        self.outcome.audit = self.control.audit()
+        self.outcome.ending = str(self.outcome.update["state"]) if self.outcome.update else "none"
+        self._children["luod"].stop(signal.SIGTERM)
+        return self.outcome
+
+
+def _luod(args: tuple[str, ...], pipe: int) -> int:
+    return luod_main.run([*args, "--ready-fd", str(pipe)])
+
+
+def _wait_boot(directory: Path, boot_id: str) -> int:
+    """Be a process that ends when the emulated kernel has changed."""
+    with Control(directory) as control:
+        control.wait_boot(boot_id)
+    return 0
+
+
+def journal_of(directory: Path) -> Path:
+    """Return the journal of a run."""
+    return directory / "state" / "journal.db"
+
+
+def discard(directory: Path) -> None:
+    """Remove what a run has left."""
+    shutil.rmtree(directory, ignore_errors=True)

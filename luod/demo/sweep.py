@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The crash sweep: luod is killed at every point of an update, one run a point, and each run must end well."""
+
+from __future__ import annotations
+
+import os
+import select
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from ..states.errors import LuodError
+from .host import Host, Outcome, Setting, discard
+from .invariants import problems
+from .process import Child
+
+OPERATOR_ABORTS_EVERY = 4
+
+
+class Verdict(msgspec.Struct, frozen=True):
+    """How the run of one crash point ended."""
+
+    point: str
+    ending: str
+    restarts: int
+    bytes_verified: int
+    problems: tuple[str, ...]
+    directory: str = ""
+
+
+def one_run(directory: Path, setting: Setting) -> tuple[Outcome | None, list[str]]:
+    """Make one run; return what it showed and what is wrong with it."""
+    host = Host(directory, setting)
+    try:
+        outcome = host.run()
+    except (LuodError, OSError, KeyError, AssertionError) as error:
+        return None, [str(error) if isinstance(error, LuodError) else traceback.format_exc()]
+    finally:
+        host.stop()
+    found = problems(outcome, setting, directory)
+    if setting.kill_at and outcome.restarts != 1:
+        found.append(f"luod was to die once and died {outcome.restarts} times")
+    return outcome, found
+
+
+def clean_points(directory: Path, setting: Setting) -> tuple[Outcome, list[str]]:
+    """Run once with nobody killed; return the outcome and its crash points in order. Raises LuodError if that fails."""
+    outcome, found = one_run(directory, setting)
+    if outcome is None or found:
+        raise LuodError(
+            f"a run without any crash failed: {'; '.join(found)}", hint=f"it is kept in {directory}"
+        )
+    return outcome, list(dict.fromkeys(outcome.points))
+
+
+def sweep(
+    base: Path,
+    setting: Setting,
+    points: list[str],
+    jobs: int,
+    *,
+    run: Callable[[Path, Setting], Verdict] | None = None,
+) -> Iterator[Verdict]:
+    """Run every point, `jobs` at a time, each in a process of its own; yield the verdicts as they come."""
+    waiting = list(enumerate(points))
+    running: dict[int, tuple[Child, str]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                number, point = waiting.pop(0)
+                operator = "abort" if number % OPERATOR_ABORTS_EVERY == 1 else "again"
+                child = _launch(
+                    base / f"point-{number:03}",
+                    msgspec.structs.replace(setting, kill_at=point, operator=operator),
+                    run,
+                )
+                running[child.pipe] = (child, point)
+            poll = select.poll()
+            for pipe in running:
+                poll.register(pipe, select.POLLIN)
+            for pipe, _ in poll.poll():
+                child, point = running.pop(pipe)
+                line = child.line()
+                child.ended(None)
+                log = child.log
+                child.stop()
+                if line:
+                    yield msgspec.json.decode(line, type=Verdict)
+                else:
+                    yield Verdict(
+                        point, "crashed", 0, 0, (f"the run itself ended; see {log}",), str(log.parent)
+                    )
+    finally:
+        for child, _ in running.values():
+            child.stop()
+
+
+def _launch(directory: Path, setting: Setting, run: Callable[[Path, Setting], Verdict] | None) -> Child:
+    directory.mkdir(parents=True)
+
+    def work(pipe: int) -> int:
+        verdict = (run or verdict_of)(directory, setting)
+        os.write(pipe, msgspec.json.encode(verdict) + b"\n")
+        return 0
+
+    return Child(f"run {setting.kill_at}", work, directory / "harness.log")
+
+
+def verdict_of(directory: Path, setting: Setting) -> Verdict:
+    """Make one run and judge it; what went well is not kept."""
+    outcome, found = one_run(directory, setting)
+    if not found:
+        discard(directory)
+    return Verdict(
+        setting.kill_at,
+        outcome.ending if outcome else "failed",
+        outcome.restarts if outcome else 0,
+        outcome.bytes_verified if outcome else 0,
+        tuple(found),
+        str(directory) if found else "",
+    )
