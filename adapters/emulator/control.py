@@ -48,7 +48,8 @@ class Control:
             else [],
             socket.MSG_NOSIGNAL,
         )
-        self._sock.sendall(line[sent:])
+        if sent < len(line):
+            self._sock.sendall(line[sent:])
         while b"\n" not in self._buffer:
             data = self._sock.recv(1 << 16)
             if not data:

@@ -278,7 +278,12 @@ class Desk:
             {"fault": fault.number, "at": fault.at, "hits": fault.hits}
             for fault in self._machine.faults.orders.values()
         ]
-        return {**self._machine.state(), "members": self._server.population.pids(), "faults": faults}
+        return {
+            **self._machine.state(),
+            "members": self._server.population.pids(),
+            "blocked": self._server.blocked,
+            "faults": faults,
+        }
 
     def _inject(self, ask: Ask) -> Reply:
         try:

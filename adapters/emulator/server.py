@@ -37,7 +37,7 @@ class Channel:
     sock: socket.socket
     session: Session | None = None
     waiting: bool = False
-    """A call on it is held or blocked: nothing more is read, and its hang-up waits."""
+    """A call on it is held, or its last close sleeps: nothing more is read."""
 
 
 @dataclass(eq=False)
@@ -103,6 +103,11 @@ class KernelServer:
         self._blocked: list[Call] = []
         self._device: socket.socket | None = None
         self.sync_device()
+
+    @property
+    def blocked(self) -> int:
+        """How many calls sleep until the jump."""
+        return len(self._blocked)
 
     # -- the loop --------------------------------------------------------------------------------------------------------------
 
@@ -311,8 +316,9 @@ class KernelServer:
         try:
             call.answer = self._run(call)
         except Blocked:
-            self._suspend(call.channel)
-            self._blocked.append(call)
+            self._blocked.append(
+                call
+            )  # its session goes on taking calls: some are refused before they would sleep
             return
         except Refused as refusal:
             call.answer = Answer(refusal.code)

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -399,6 +401,7 @@ def test_calls_block_between_freeze_and_jump(
     fault = control.inject("jump")
 
     def body(tell: Callable[[bytes], None]) -> None:
+        os.close(kernel.syscalls.open_device())  # the device opens and closes all the same
         tell(b"called")
         kernel.session_name(session)
         tell(b"answered")
@@ -407,12 +410,17 @@ def test_calls_block_between_freeze_and_jump(
         thread, result = in_thread(rebooter.kexec)
         control.wait_hit(fault)
         assert control.state()["frozen"]
+        arrival = control.inject("call", op="GET_NAME")
         child = Child(body)
         assert child.heard() == b"called"
-        blocked, answers = in_thread(lambda: kernel.session_name(session))
-        # The child's call and this thread's are in the queue before the state is asked for again, or will be before the jump.
-        assert control.state()["frozen"]
+        control.wait_hit(arrival)
+        control.release(arrival)
+        assert control.state()["blocked"] == 1
         assert child.is_silent()
+        blocked, answers = in_thread(lambda: kernel.session_name(session))
+        with pytest.raises(OSError) as refused:  # noqa: PT011 (what needs no lock is still refused)
+            kernel.syscalls.ioctl(session, abi.RETRIEVE_FD, abi.pack_fd(1))
+        assert refused.value.errno == errno.EINVAL
         control.release(fault)
         thread.join(30)
         assert result == [control.boot_id()]
@@ -517,6 +525,47 @@ def test_bad_orders(control: Control) -> None:
             call()
         assert caught.value.errno
     control.clear_faults()
+
+
+# -- other kinds of files ------------------------------------------------------------------------------------------------------
+
+
+def test_another_kind_of_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe: it will not freeze while it holds data, and cannot be finished before it was retrieved."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    with (
+        Emulator.start(tmp_path, handlers=["pipe_kind:add"]) as emulator,
+        emulator.control(timeout=30) as control,
+    ):
+        control.spare(os.getpid())
+        kernel = open_kernel("emulated", directory=tmp_path)
+        session, (read_end, write_end) = kernel.create_session("pipes"), os.pipe()
+        kernel.preserve_fd(session, 1, write_end)
+        os.write(write_end, b"x")
+        load(emulator)
+        with pytest.raises(OSError) as caught:  # noqa: PT011 (the errno is what counts)
+            control.kexec()
+        assert caught.value.errno == errno.EINVAL
+        os.read(read_end, 1)
+        control.kexec()
+        for fd in (session, read_end, write_end):
+            os.close(fd)
+        session = kernel.retrieve_session("pipes")
+        with pytest.raises(FinishBusy):
+            kernel.finish(session)
+        write_end = kernel.retrieve_fd(session, 1)
+        assert os.readlink(f"/proc/self/fd/{write_end}").startswith("pipe:")
+        kernel.finish(session)
+        os.close(write_end)
+        session2 = kernel.create_session("pipes")
+        read_end, write_end = os.pipe()
+        kernel.preserve_fd(session2, 1, read_end)
+        load(emulator, stub_image(tmp_path / "image", handlers={"pipe": None}))
+        control.kexec()
+        with pytest.raises(DeviceBroken):
+            kernel.retrieve_session("pipes")
+        for fd in (session, session2, read_end, write_end):
+            os.close(fd)
 
 
 # -- what there is to see ------------------------------------------------------------------------------------------------------
@@ -646,6 +695,20 @@ def test_slow_callers_hold_up_nobody(emulator: Emulator, kernel: LiveUpdate, con
     os.close(silent)
     kernel.scratch("x")
     stopped.kill()
+
+
+def test_nonsense_on_a_session_is_ignored(control: Control, kernel: LiveUpdate) -> None:
+    session = kernel.create_session("noise")
+    channel = socket.socket(fileno=os.dup(session))
+    with channel, open("/dev/null", "rb") as null:
+        for message in (b"x", b"luo1" + bytes(11), b"luo1" + bytes(12), b"luo1" + bytes(8) + b"\xff" * 4):
+            channel.send(message)
+        channel.sendmsg(
+            [b"luo1" + bytes(12)],
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [null.fileno()] * 30))],
+        )
+    assert kernel.session_name(session) == "noise"
+    os.close(session)
 
 
 # -- the process ---------------------------------------------------------------------------------------------------------------
