@@ -240,7 +240,11 @@ class Director:
                     await beat.wait()
 
     def _participants(self, update: str) -> list[Session]:
-        return [session for session in self.engine.book.sessions() if session.update == update]
+        """Return everybody the update has to wait for: also those that subscribed and have no kernel session yet.
+
+        After a restart of luod their connections are gone for a moment; an update that went on without them would lose them.
+        """
+        return [one for one in self.engine.book.sessions() if one.update == update or one.state == S.NEW]
 
     def _joining(self) -> list[Session]:
         book = self.engine.book

@@ -21,6 +21,7 @@ from ..journal.ring import merge
 from ..states import events as ev
 from ..states.fold import Session
 from ..states.names import BLACK_BOX_SESSION
+from ..states.table import SESSION
 from ..states.table import SessionState as S
 from ..states.table import UpdateState as U
 from .blackbox import BoxNews, look
@@ -97,7 +98,7 @@ async def _sessions(luod: Luod, boot_held: HeldAnswer, why: str) -> None:
         else:
             held = boot_held
         action = session_action(session.state, "same" if same else "other", held)
-        if session.kernel_name in names and same and session.state != S.NEW:
+        if session.kernel_name in names:
             await anyio.to_thread.run_sync(_adopt, luod, session)
         match action:
             case SessionAction.THAW:
@@ -122,9 +123,21 @@ async def _sessions(luod: Luod, boot_held: HeldAnswer, why: str) -> None:
             and same
         ):
             undo.append(session.id)
+    await _release_ended(luod, names)
     update = book.current_update()
     if undo and (update is None or not update.abort_reason):
         luod.spawn(luod.director.undo_again, undo)
+
+
+async def _release_ended(luod: Luod, names: set[str]) -> None:
+    """Let go of what the second holder still has of sessions that have ended."""
+    ended = [one for one in luod.engine.book.sessions() if one.state in SESSION.final and one.kernel_name in names]
+    await luod.engine.perform(
+        *(Intent(one.id, f"{one.id}/release", "session.release", {"name": one.kernel_name}) for one in ended), again=True
+    )
+    known = {one.kernel_name for one in luod.engine.book.sessions()} | {BLACK_BOX_SESSION, RING}
+    for name in sorted(names - known):
+        log.warning("the second holder has %s, of which the journal knows nothing; it is left alone", name)
 
 
 def _adopt(luod: Luod, session: Session) -> None:

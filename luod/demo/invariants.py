@@ -90,18 +90,19 @@ def no_effect_twice(outcome: Outcome) -> Iterable[str]:
         yield f"{jumps} kexecs in an update that is {outcome.ending}"
 
 
+BOX = {
+    "luod": Counter({"socket": 1, "/memfd:luod.ring (deleted)": 2}),  # held, and duplicated by its mapping
+    "keeper": Counter({"socket": 1, "/memfd:luod.ring (deleted)": 1}),
+}
+
+
 def no_fd_leaked(outcome: Outcome) -> Iterable[str]:
-    """Luod and the keeper end with what they began with, but for the black box, which lives as long as its boot."""
-    box = Counter({"socket": 1, "/memfd:luod.ring (deleted)": 1}) if _box_is_up(outcome) else Counter[str]()
+    """luod and the keeper end with what they began with, but for the black box, which lives as long as its boot."""
     for name, after in outcome.fds_after.items():
+        box = BOX[name] if outcome.ending == "aborted" else Counter[str]()
         extra = Counter(after) - Counter(outcome.fds_before[name]) - box
         if extra:
             yield f"{name} leaked {dict(extra)}"
-
-
-def _box_is_up(outcome: Outcome) -> bool:
-    last = outcome.boots[-1]
-    return outcome.ending == "aborted" and bool(last)
 
 
 def recovery_is_idle(outcome: Outcome) -> Iterable[str]:
