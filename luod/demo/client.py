@@ -97,7 +97,7 @@ class DemoClient:
             event = self.link.next_event(PATIENCE_S)
             match event.name:
                 case "START_PRESERVATION":
-                    self._hold(event.take_fd())
+                    self._hold(event.fds.pop(0))
                     for token, (fd, _) in zip(TOKENS, memory, strict=True):
                         try:
                             self.kernel.preserve_fd(self.session_fd, token, fd)
@@ -140,7 +140,7 @@ class DemoClient:
                     raise
                 except ConnectionLost:
                     continue
-                os.close(claimed.take_fd())
+                os.close(claimed.fds.pop(0))
         self._hold(-1)
         self.link.close()
         self.report("finished", bytes=verified)
@@ -150,7 +150,7 @@ class DemoClient:
         while True:
             try:
                 claimed = self.link.claim(self.name)
-                self._hold(claimed.take_fd())
+                self._hold(claimed.fds.pop(0))
                 verified = 0
                 for index, (token, size) in enumerate(zip(TOKENS, self.sizes, strict=True)):
                     verified += self._restore(index, token, size)
@@ -164,12 +164,15 @@ class DemoClient:
         text = f"{token:#x}"
         fd = self.kernel.retrieve_fd(self.session_fd, token)
         try:
-            self.link.restored(self.name, text, "retrieve")
+            self.link.restored(self.name, text, "retrieve", ok=True)
             with mmap.mmap(fd, size, mmap.MAP_SHARED) as mapped:
                 right = pattern.verify(mapped, self._seed(index))
         finally:
             os.close(fd)
-        self.link.restored(self.name, text, "verify", ok=right == size, errno=None if right == size else "EIO")
+        if right == size:
+            self.link.restored(self.name, text, "verify", ok=True)
+        else:
+            self.link.restored(self.name, text, "verify", ok=False, errno="EIO")
         return right
 
 
