@@ -7,10 +7,12 @@ Ends on SHUTDOWN, on SIGTERM, and when the lifeline pipe of the process that sta
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 from .desk import Desk
@@ -44,7 +46,7 @@ def _load_handlers(names: list[str]) -> HandlerRegistry:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the emulator; returns the exit status."""
+    """Run the emulator; returns the exit status: 0 when told to stop, 3 when the directory is taken."""
     parser = argparse.ArgumentParser(
         prog="luod-emulator", description="A kernel with live update, in user space."
     )
@@ -66,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     _raise_file_limit()
     os.umask(0o077)
     args.dir.mkdir(parents=True, exist_ok=True)
+    lock = os.open(args.dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"{parser.prog}: another emulator serves {args.dir}; stop it first", file=sys.stderr)
+        return 3
     image = KernelImage()
     if args.image:
         with open(args.image, "rb") as file:
