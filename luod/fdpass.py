@@ -12,13 +12,15 @@ import os
 import socket
 from collections.abc import Sequence
 
+from .wire import Decoder, Frame, ProtocolError
+
 SCM_MAX_FD = 253
 _INT = array.array("i").itemsize
 _SPACE = socket.CMSG_SPACE(SCM_MAX_FD * _INT)
 
 
 class FdsTruncated(OSError):
-    """The kernel had more control data than fits; what arrived of it has been closed."""
+    """The kernel had more fds than this process could take; what arrived of them has been closed."""
 
 
 def send(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> int:
@@ -37,15 +39,42 @@ def send_all(sock: socket.socket, data: bytes, fds: Sequence[int] = ()) -> None:
 def receive(sock: socket.socket, size: int = 65536) -> tuple[bytes, list[int]]:
     """Receive bytes and the fds that came with them, which the caller then owns. Empty bytes mean the end.
 
-    Raises `FdsTruncated` when fds were dropped by the kernel, and OSError otherwise.
+    Raises `FdsTruncated` when fds were dropped by the kernel, and OSError otherwise. The bytes are lost then: who must not lose them
+    uses `receive_frames`.
     """
+    data, fds, truncated = _receive(sock, size)
+    if truncated:
+        _close(fds)
+        raise FdsTruncated("fds were lost in a truncated control message")
+    return data, fds
+
+
+def receive_frames(
+    sock: socket.socket, decoder: Decoder, size: int = 65536
+) -> list[Frame | ProtocolError] | None:
+    """Receive once and decode; None at the end. Raises OSError.
+
+    Fds that the kernel dropped cost the message that names them, and no other.
+    """
+    data, fds, truncated = _receive(sock, size)
+    if truncated:
+        _close(fds)
+        fds = []
+    if not data:
+        _close(fds)
+        return None
+    return decoder.feed(data, fds, truncated=truncated)
+
+
+def _receive(sock: socket.socket, size: int) -> tuple[bytes, list[int], bool]:
     data, ancillary, flags, _ = sock.recvmsg(size, _SPACE, socket.MSG_CMSG_CLOEXEC)
     fds = array.array("i")
     for level, kind, payload in ancillary:
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
             fds.frombytes(payload[: len(payload) - len(payload) % _INT])
-    if flags & socket.MSG_CTRUNC:
-        for fd in fds:
-            os.close(fd)
-        raise FdsTruncated("fds were lost in a truncated control message")
-    return data, list(fds)
+    return data, list(fds), bool(flags & socket.MSG_CTRUNC)
+
+
+def _close(fds: Sequence[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -16,7 +16,7 @@ import msgspec
 from .states import events as ev
 from .states.errors import BadName
 from .states.names import check_client_id, parse_token, token_text
-from .wire import ProtocolError
+from .wire import MAX_SEQ, ProtocolError
 
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Short = Annotated[str, msgspec.Meta(max_length=256)]
@@ -29,7 +29,13 @@ Policy = Literal["required", "optional", "best-effort"]
 class Command(msgspec.Struct, frozen=True, tag_field="cmd"):
     """Base of all commands; with a `seq` it is answered by a reply of that number."""
 
-    seq: int | None = msgspec.field(default=None, name="seq")
+    seq: Annotated[int, msgspec.Meta(ge=0, le=MAX_SEQ)] | None = None
+
+
+class ClientCommand(Command, frozen=True, kw_only=True):
+    """Base of what a client says of its own session; the id is checked against its alphabet."""
+
+    id: str
 
 
 class DeclaredStep(msgspec.Struct, frozen=True):
@@ -61,75 +67,62 @@ class Ping(Command, frozen=True, tag="PING"):
     """Ask whether luod answers."""
 
 
-class Subscribe(Command, frozen=True, tag="SUBSCRIBE", kw_only=True):
+class Subscribe(ClientCommand, frozen=True, tag="SUBSCRIBE", kw_only=True):
     """Take part in updates under an id."""
 
-    id: str
     policy: Policy = "required"
     deadline_s: Seconds | None = None
 
 
-class Unsubscribe(Command, frozen=True, tag="UNSUBSCRIBE", kw_only=True):
+class Unsubscribe(ClientCommand, frozen=True, tag="UNSUBSCRIBE", kw_only=True):
     """Take no further part."""
 
-    id: str
 
-
-class Preserved(Command, frozen=True, tag="PRESERVED", kw_only=True):
+class Preserved(ClientCommand, frozen=True, tag="PRESERVED", kw_only=True):
     """Everything is preserved, still running; this is what."""
 
-    id: str
     resources: tuple[Declared, ...] = ()
 
 
-class Ready(Command, frozen=True, tag="READY", kw_only=True):
+class Ready(ClientCommand, frozen=True, tag="READY", kw_only=True):
     """Writers are stopped; the kexec may come."""
 
     id: str = ""
 
 
-class Nack(Command, frozen=True, tag="NACK", kw_only=True):
+class Nack(ClientCommand, frozen=True, tag="NACK", kw_only=True):
     """Cannot follow this update."""
 
-    id: str
     errno: Errno
     message: Text = ""
     token: Token | None = None
 
 
-class Aborted(Command, frozen=True, tag="ABORTED", kw_only=True):
+class Aborted(ClientCommand, frozen=True, tag="ABORTED", kw_only=True):
     """The session fd is closed after an ABORT."""
 
-    id: str
 
-
-class Adopt(Command, frozen=True, tag="ADOPT", kw_only=True):
+class Adopt(ClientCommand, frozen=True, tag="ADOPT", kw_only=True):
     """Hand a session fd back to a restarted luod."""
 
-    id: str
     fds: int = 0
 
 
-class Claim(Command, frozen=True, tag="CLAIM", kw_only=True):
+class Claim(ClientCommand, frozen=True, tag="CLAIM", kw_only=True):
     """Ask for the session back, in the new kernel."""
 
-    id: str
 
-
-class Restored(Command, frozen=True, tag="RESTORED", kw_only=True):
+class Restored(ClientCommand, frozen=True, tag="RESTORED", kw_only=True):
     """A step of a restore plan has an outcome."""
 
-    id: str
     token: Token
     step: Short
     ok: bool
     errno: Errno | None = None
 
 
-class Finished(Command, frozen=True, tag="FINISHED", kw_only=True):
+class Finished(ClientCommand, frozen=True, tag="FINISHED", kw_only=True):
     """FINISH has run; luod checks."""
-
-    id: str
 
 
 class Status(Command, frozen=True, tag="STATUS"):
@@ -197,17 +190,12 @@ AnyCommand = (
     Hello | Ping | Subscribe | Unsubscribe | Preserved | Ready | Nack | Aborted | Adopt | Claim | Restored | Finished
     | Status | Clients | Sessions | SessionQuery | Journal | Watch | Load | Kexec | Abort | Resolve
 )  # fmt: skip
-COMMANDS: dict[str, type[Command]] = {
-    str(cls.__struct_config__.tag): cls
-    for cls in AnyCommand.__args__
-}
-CLIENT_VERBS = frozenset(
-    {"SUBSCRIBE", "UNSUBSCRIBE", "PRESERVED", "NACK", "ABORTED", "ADOPT", "CLAIM", "RESTORED", "FINISHED"}
-)
+COMMANDS: dict[str, type[Command]] = {str(cls.__struct_config__.tag): cls for cls in AnyCommand.__args__}
+_QUOTED = 400
 
 
 def parse_command(obj: dict[str, Any]) -> Command:
-    """Return the command of a message.
+    """Return the command of a message; its token, if it has one, in the one spelling that the journal uses.
 
     Raises `ProtocolError` with code UNKNOWN_COMMAND, BAD_FIELD or BAD_ID, saying which field and what is allowed.
     """
@@ -218,21 +206,25 @@ def parse_command(obj: dict[str, Any]) -> Command:
         )
     cls = COMMANDS.get(verb)
     if cls is None:
-        near = difflib.get_close_matches(verb.upper(), COMMANDS, 3, 0.5)
+        near = difflib.get_close_matches(verb[:60].upper(), COMMANDS, 3, 0.5)
         raise ProtocolError(
             "UNKNOWN_COMMAND",
             f"{verb[:60]!r} is no command",
-            hint=f"did you mean {' or '.join(near)}?" if near else "",
+            hint=f"did you mean {' or '.join(near)}?" if near else "docs/protocol.md lists the commands",
         )
     try:
         command = msgspec.convert(obj, cls)
     except msgspec.ValidationError as error:
-        raise ProtocolError("BAD_FIELD", f"{verb}: {error}", hint="docs/protocol.md has the fields") from None
-    if verb in CLIENT_VERBS or (verb == "READY" and obj.get("id")):
+        text = str(error)  # it may quote the value, and a reply must fit in a line
+        said = text if len(text) <= _QUOTED else f"{text[: _QUOTED // 2]} ... {text[-_QUOTED // 2 :]}"
+        raise ProtocolError("BAD_FIELD", f"{verb}: {said}", hint="docs/protocol.md has the fields") from None
+    if isinstance(command, ClientCommand) and (command.id or not isinstance(command, Ready)):
         try:
-            check_client_id(command.id)  # type: ignore[attr-defined]
+            check_client_id(command.id)
         except BadName as error:
             raise ProtocolError("BAD_ID", f"{verb}: {error.message}", hint=error.hint) from None
+    if isinstance(command, Restored | Nack) and command.token is not None:
+        command = msgspec.structs.replace(command, token=token_text(parse_token(command.token)))
     return command
 
 
@@ -256,6 +248,7 @@ CODES: dict[str, str] = {
     "BAD_ID": "an id outside its alphabet",
     "BAD_IMAGE": "the kernel image or initrd cannot be read",
     "BAD_JSON": "a line that is not JSON",
+    "BAD_SEQ": "a request number that JSON readers cannot keep",
     "BAD_UTF8": "a line that is not UTF-8",
     "BAD_VERSION": "a protocol version that does not exist",
     "ENDED": "the session has reached its end",
