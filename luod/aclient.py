@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from . import fdpass
+from . import fdpass, wire
 from .client import attempt, pauses, worth_retrying
 from .conversation import (
     ClientError,
@@ -166,6 +166,9 @@ class AsyncClient(Verbs[Coroutine[Any, Any, Reply]]):
             return
         except OSError as error:
             self._conversation.lose(f"the connection failed: {error.strerror or error}")
+            return
+        except wire.ProtocolError as error:
+            self._conversation.lose(f"the connection failed: {error.message}")
             return
         self._conversation.feed(data, fds)
 

@@ -26,7 +26,7 @@ from os import PathLike
 from types import TracebackType
 from typing import Any, TypeVar
 
-from . import fdpass
+from . import fdpass, wire
 from .conversation import (
     ClientError,
     ConnectionLost,
@@ -240,6 +240,8 @@ class Client(Verbs[Reply]):
                     continue
                 except OSError as error:
                     failed, arrived = error.strerror or str(error), True
+                except wire.ProtocolError as error:
+                    failed, arrived = error.message, True
         finally:
             self._changed.acquire()
             self._reading = False
