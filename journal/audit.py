@@ -7,18 +7,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import msgspec
+from msgspec.structs import replace
 
 from ..states import codec
 from ..states.errors import BadEvent, UnknownEvent
 from .damage import Damage, Torn
 from .diagnose import explain
 from .record import CHAIN_SIZE, COLUMNS, Record, follows, genesis
-from .sqlite import Connection, sqlite
+from .sqlite import READ_ERRORS, Connection, sqlite
 
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM events"
 INDEX = "sqlite_autoindex_events_1"
 _TYPES: tuple[type, ...] = (int, str, int, str, int, int, str, str, int, bytes, bytes)
-_PROBES = 4096  # how many ids behind an unreadable one are tried when the file does not say where it ends
+_PROBES = 4096  # how many ids behind an unreadable one are tried one by one, before the steps double
+_LARGEST = (1 << 63) - 1
+_SEARCHES = 100  # how many damaged rows are searched for a flipped bit
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -49,7 +52,11 @@ class Gap(msgspec.Struct, frozen=True):
 
 
 class Audit:
-    """Checks a run of rows as they pass. Iterate to get the rows that are sound; then ask for `report()`."""
+    """Checks a run of rows as they pass. Iterate over `run` to get the records, then ask for `report()`.
+
+    A record comes out when its chain value proves it; a row with one flipped bit comes out as it was, and is reported. The row behind a gap
+    comes out although nothing proves it, and is reported as `unproved`. Everything else that is damaged is only reported.
+    """
 
     def __init__(self, source: str, journal: str, start: bytes | None, *, decode: bool = True) -> None:
         self.source = source
@@ -83,30 +90,37 @@ class Audit:
         self._previous, self._expected, self._holes = None, last + 1, True
 
     def _check(self, row: tuple[Any, ...]) -> Record | None:
-        id = row[0]
-        if id < self._expected:
-            self.damage.append(Damage("row", f"row {id} stands behind row {self._expected - 1}", id))
-            return None
-        if id > self._expected:
-            self._gap(self._expected, id - 1, "missing", "no such rows")
-        self._expected = id + 1
-        self.places ^= hash((row[1], row[2], id))
-        previous, self._previous = self._previous, None
+        self.places ^= hash((row[1], row[2], row[0]))
         for name, value, wanted in zip(COLUMNS, row, _TYPES, strict=True):
             if not isinstance(value, wanted) and not (name == "cause" and value is None):
-                self._bad(
-                    Damage("row", f"holds {type(value).__name__}, not {wanted.__name__}", id, column=name),
-                    row,
-                )
+                what = f"holds {type(value).__name__}, not {wanted.__name__}"
+                self._bad(Damage("row", what, row[0], column=name), row)
                 return None
         record = Record(*row)
-        if previous is not None and not follows(previous, record):
-            damage, mended = explain(previous, record)
+        if record.id != self._expected:
+            mended = replace(record, id=self._expected)
+            if self._previous is not None and follows(self._previous, mended):
+                what = f"it reads {record.id} and was {mended.id}"
+                self.damage.append(Damage("row", what, mended.id, column="id"))
+                record = mended
+            elif record.id < self._expected:
+                what = f"row {record.id} stands behind row {self._expected - 1}"
+                self.damage.append(Damage("row", what, record.id))
+                return None
+            else:
+                self._gap(self._expected, record.id - 1, "missing", "no such rows")
+        if self._previous is None:
+            what = "the row cannot be proved: the one before it is not known"
+            self.damage.append(Damage("unproved", what, record.id))
+        elif not follows(self._previous, record):
+            damage, found = explain(self._previous, record, search=len(self.damage) < _SEARCHES)
             self._bad(damage, row)
-            self._previous = mended
-            return None
+            if found is None:
+                return None
+            self._previous, record = found.chain, found
         self._previous = self.chain = record.chain
-        self.head = id
+        self.head = record.id
+        self._expected = record.id + 1
         self._order(record)
         self._body(record)
         return record
@@ -114,6 +128,7 @@ class Audit:
     def _bad(self, damage: Damage, row: tuple[Any, ...]) -> None:
         self.damage.append(damage)
         self._holes = True
+        self._expected = max(self._expected, row[0] + 1)
         chain = row[-1]
         self._previous = chain if isinstance(chain, bytes) and len(chain) == CHAIN_SIZE else None
 
@@ -154,7 +169,7 @@ def identity(connection: Connection) -> tuple[str, bytes | None, list[Damage]]:
     """Return the id of the journal, the chain value before row 1 when it can be known, and what is wrong with them."""
     try:
         row = connection.execute("SELECT uuid, created_wall_ns, genesis FROM journal").fetchone()
-    except sqlite.Error as error:
+    except READ_ERRORS as error:
         return "", None, [Damage("file", f"the identity of the journal cannot be read: {error}")]
     if row is None:
         return "", None, [Damage("file", "the identity of the journal is missing")]
@@ -172,46 +187,55 @@ def rows(connection: Connection) -> Iterator[Any]:
                 yield row
                 after = max(after, row[0])
             return
-        except sqlite.Error as error:
-            resume, end = _resume(connection, after)
-            if resume is None:
-                if end > after:
-                    yield Gap(after + 1, end, str(error))
-                else:
-                    yield Gap(after + 1, after + 1, f"{error}; how many rows follow is not known")
-                return
-            if resume > after + 1:
-                yield Gap(after + 1, resume - 1, str(error))
-            elif _stuck(connection, after, resume):
-                yield Gap(resume, resume, str(error))
-                resume += 1
-            after = resume - 1
+        except READ_ERRORS as error:
+            why = str(error)
+        # The module reads one row ahead, so the row before the bad one is lost with it: fetch it alone.
+        while (single := _first(connection, after + 1)) is not None:
+            yield single
+            after = single[0]
+        resume, end = _resume(connection, after + 1)
+        if resume is None:
+            yield Gap(
+                after + 1,
+                max(end, after + 1),
+                why if end > after else f"{why}; how much follows is not known",
+            )
+            return
+        yield Gap(after + 1, resume - 1, why)
+        after = resume - 1
 
 
-def _stuck(connection: Connection, after: int, resume: int) -> bool:
-    """Tell whether a scan from `after` fails before its first row although that row can be had alone."""
-    try:
-        row = connection.execute(f"{SELECT} WHERE id > ? ORDER BY id LIMIT 1", (after,)).fetchone()
-    except sqlite.Error:
-        return True
-    return bool(row is None or row[0] < resume)
-
-
-def _resume(connection: Connection, after: int) -> tuple[int | None, int]:
-    """Find the next id that can be read, and the last id that the file knows of."""
+def _resume(connection: Connection, bad: int) -> tuple[int | None, int]:
+    """Find the next row behind `bad` that can be read, and the last id that the file knows of (0: it does not)."""
     end = 0
     for query in ("SELECT max(id) FROM events", f"SELECT max(id) FROM events INDEXED BY {INDEX}"):
         try:
             end = max(end, connection.execute(query).fetchone()[0] or 0)
-        except sqlite.Error:
+        except READ_ERRORS:
             continue
-    for id in range(after + 1, (end or after + _PROBES) + 1):
-        try:
-            if connection.execute(f"{SELECT} WHERE id = ?", (id,)).fetchone():
-                return id, end
-        except sqlite.Error:
-            continue
+    id, step, tried = bad + 1, 1, 0
+    while id <= min(end or bad + _PROBES, _LARGEST):
+        found = _first(connection, id)
+        if found is not None:
+            back = _PROBES if step > 1 else 0
+            while back and id - 1 > bad and _first(connection, id - 1) is not None:
+                id, back = id - 1, back - 1
+            return (id if step > 1 else found[0]), end
+        tried += 1
+        step = step * 2 if tried > _PROBES else 1
+        id += step
     return None, end
+
+
+def _first(connection: Connection, id: int) -> Any | None:
+    """Return the first row from `id` on, or None when there is none or it cannot be read."""
+    try:
+        row = connection.execute(
+            f"{SELECT} WHERE id >= ? ORDER BY id LIMIT 1", (min(id, _LARGEST),)
+        ).fetchone()
+    except READ_ERRORS:
+        return None
+    return row if row and row[0] >= id else None
 
 
 def check_index(connection: Connection, audit: Audit) -> None:
@@ -221,7 +245,7 @@ def check_index(connection: Connection, audit: Audit) -> None:
         for stream, seq, id in connection.execute(f"SELECT stream, seq, id FROM events INDEXED BY {INDEX}"):
             places ^= hash((stream, seq, id))
             last = max(last, id)
-    except sqlite.Error as error:
+    except READ_ERRORS as error:
         audit.damage.append(Damage("index", f"the index of streams cannot be read: {error}"))
         return
     if last >= audit._expected:
@@ -236,7 +260,7 @@ def check_file(connection: Connection, audit: Audit) -> None:
     """Let SQLite check the whole file: pages, free list, types, index."""
     try:
         found = [str(row[0]) for row in connection.execute("PRAGMA integrity_check(20)")]
-    except sqlite.Error as error:
+    except READ_ERRORS as error:
         found = [str(error)]
     audit.damage.extend(Damage("file", text) for text in found if text != "ok")
 

@@ -9,6 +9,7 @@ import msgspec
 
 Kind = Literal[
     "row",  # a row that does not hash to its chain value
+    "unproved",  # a row that was read but that nothing proves, because the one before it is not known
     "missing",  # ids that should be there and are not
     "unreadable",  # ids in a part of the file that SQLite cannot read
     "order",  # a stream whose numbers do not run on

@@ -17,55 +17,45 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
 from . import audit, store, wal
 from .damage import Damage
 from .errors import JournalError, JournalMissing, NewerSchema, NotAJournal
 from .lock import held_here
 from .record import Record
-from .sqlite import inspect, sqlite
+from .sqlite import READ_ERRORS, inspect
 
 _TRIES = 20
 
 
-class Replay:
-    """The records of a journal, and what is wrong with it. Iterate over it once, then ask for `report()`.
+class Files:
+    """The records in files that nobody writes, and what is wrong with them. Iterate once, then ask for `report()`.
 
-    A context manager: leaving it removes the copy.
+    A context manager. Neither file is changed.
     """
 
-    def __init__(self, path: Path | str, *, deep: bool = False) -> None:
-        """Copy the journal at `path`. `deep` lets SQLite check the whole file as well.
+    def __init__(self, path: Path, scan: wal.WalScan, *, called: Path, deep: bool = False) -> None:
+        """Open a database whose log looks like `scan`; `called` is the name for reports. `deep`: SQLite checks its file as well.
 
-        Raises `JournalMissing`, `NotAJournal`, `NewerSchema`, and `JournalError` when the journal changes too fast to be copied
-        or is open for writing in this very process. Damage is no error here.
+        Raises `NotAJournal` and `NewerSchema`. Damage is no error here.
         """
-        self.path = Path(path)
         self._deep = deep
-        self._directory = tempfile.TemporaryDirectory(prefix="luod-journal-")
-        try:
-            self._copy, self._scan = snapshot(self.path, Path(self._directory.name))
-            self._begin()
-        except BaseException:
-            self._directory.cleanup()
-            raise
-
-    def _begin(self) -> None:
         wrong: list[Damage] = []
         journal, start = "", None
-        self._connection = inspect(self._copy)
+        self._connection = inspect(path)
         try:
-            store.version(self._connection, self.path)
+            store.version(self._connection, called)
             journal, start, wrong = audit.identity(self._connection)
         except (NotAJournal, NewerSchema):
             self._connection.close()
             raise
-        except (sqlite.Error, JournalError) as error:
-            wrong = [Damage("file", str(error), file=self.path.name)]
-        self.audit = audit.Audit(str(self.path), journal, start)
-        self.audit.damage.extend(wrong)
-        self.audit.damage.extend(self._scan.damage)
-        self.audit.torn = self._scan.torn
+        except (*READ_ERRORS, JournalError) as error:
+            wrong = [Damage("file", str(error), file=called.name)]
+        self.genesis = start
+        self.audit = audit.Audit(str(called), journal, start)
+        self.audit.damage.extend([*wrong, *scan.damage])
+        self.audit.torn = scan.torn
 
     def __iter__(self) -> Iterator[Record]:
         yield from self.audit.run(audit.rows(self._connection))
@@ -78,17 +68,39 @@ class Replay:
         return self.audit.report()
 
     def close(self) -> None:
-        """Remove the copy."""
+        """Close the files."""
         self._connection.close()
-        self._directory.cleanup()
 
-    def __enter__(self) -> Replay:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class Replay(Files):
+    """A copy of a journal, made while it may be in use; leaving the context removes the copy."""
+
+    def __init__(self, path: Path | str, *, deep: bool = False) -> None:
+        """Copy the journal at `path` and open the copy. `deep` lets SQLite check the whole file as well.
+
+        Raises `JournalMissing`, `NotAJournal`, `NewerSchema`, and `JournalError` when the journal changes too fast to be copied
+        or is open for writing in this very process. Damage is no error here.
+        """
+        self._directory = tempfile.TemporaryDirectory(prefix="luod-journal-")
+        try:
+            copy, scan = snapshot(Path(path), Path(self._directory.name))
+            super().__init__(copy, scan, called=Path(path), deep=deep)
+        except BaseException:
+            self._directory.cleanup()
+            raise
+
+    def close(self) -> None:
+        """Remove the copy."""
+        super().close()
+        self._directory.cleanup()
 
 
 def snapshot(path: Path, directory: Path) -> tuple[Path, wal.WalScan]:

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
 else:
     from sqlite_utils.utils import sqlite3 as sqlite
 
-__all__ = ["Connection", "connect", "inspect", "pragma", "sqlite"]
+__all__ = ["READ_ERRORS", "Connection", "connect", "inspect", "pragma", "sqlite"]
 
 Connection = sqlite.Connection
+READ_ERRORS = (sqlite.Error, UnicodeError)
+"""What reading a damaged file raises; UnicodeError comes from the module itself, over the text of SQLite's own message."""
 
 
 def _text(data: bytes) -> str:

@@ -27,7 +27,7 @@ from .errors import (
 )
 from .lock import Lock, busy
 from .record import COLUMNS, Record, follows, genesis
-from .sqlite import Connection, connect, inspect, pragma, sqlite
+from .sqlite import READ_ERRORS, Connection, connect, inspect, pragma
 
 PREGROW = 4 << 20
 """Default size of the log in bytes that is written once at start, so that appends do not allocate blocks."""
@@ -72,7 +72,7 @@ class Store:
             store.pregrow = pregrow
             store._grow(pregrow)
             return store
-        except sqlite.Error as error:
+        except READ_ERRORS as error:
             _close(connection)
             lock.release()
             raise _translate(path, error) from error
@@ -104,7 +104,7 @@ class Store:
             found = self.connection.execute(
                 f"{audit.SELECT} WHERE id >= ? ORDER BY id LIMIT ?", (after, limit + 1)
             ).fetchall()
-        except sqlite.Error as error:
+        except READ_ERRORS as error:
             raise _translate(self.path, error) from error
         records = [Record(*row) for row in found]
         for before, record in itertools.pairwise(records):
@@ -262,6 +262,12 @@ def _create(path: Path) -> None:
         _migrate(connection)
         name, now = str(uuid.uuid4()), time.time_ns()
         connection.execute("INSERT INTO journal VALUES(1, ?, ?, ?)", (name, now, genesis(f"{name} {now}")))
+        # Closing would do this too, but without a word when it fails; the log does not move with the file.
+        busy_flag, pages, moved = connection.execute("PRAGMA wal_checkpoint(FULL)").fetchone()
+        if busy_flag or pages != moved:
+            raise JournalWriteError(
+                f"{path}: {moved} of {pages} pages could be written", hint="free space, try again"
+            )
     finally:
         connection.close()
     _sync(fresh, os.O_RDONLY)
@@ -305,12 +311,16 @@ def _close(connection: Connection | None) -> None:
         connection.close()
 
 
-def _translate(path: Path, error: sqlite.Error) -> JournalError:
+def _translate(path: Path, error: Exception) -> JournalError:
     name = getattr(error, "sqlite_errorname", type(error).__name__)
     text = f"{path}: {error} ({name})"
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")) or "locked" in str(error):
         return busy(path, None)
-    if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "malformed" in str(error):
+    if (
+        name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB"))
+        or "malformed" in str(error)
+        or isinstance(error, UnicodeError)
+    ):
         return damaged(path, [Damage("file", str(error), file=path.name)])
     if name.startswith(("SQLITE_CANTOPEN", "SQLITE_READONLY", "SQLITE_PERM")):
         return JournalMissing(text, hint="run luod as the user that owns the journal")
