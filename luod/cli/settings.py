@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""check-config: what luod would make of a file of settings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .output import json_option, print_json
+
+
+@click.command("check-config")
+@click.argument("file", type=click.Path(path_type=Path))
+@json_option
+def check_config(file: Path, as_json: bool) -> None:
+    """Check a file of settings for luod, and show all that it sets or leaves as it is."""
+    import msgspec
+
+    from ..daemon.config import load
+
+    config = msgspec.to_builtins(load(file, {}))
+    if as_json:
+        print_json({"ok": True, "path": str(file), "config": config})
+        return
+    click.echo(f"{file}: the settings are good")
+    for name, value in config.items():
+        for key, each in value.items() if isinstance(value, dict) else ((None, value),):
+            click.echo(f"  {name}{f'.{key}' if key else ''} = {_toml(each)}")
+
+
+def _toml(value: object) -> str:
+    import json
+
+    return json.dumps(value)
