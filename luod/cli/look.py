@@ -10,7 +10,17 @@ import click
 
 from . import link
 from .output import (
-    clean, clock, duration, json_option, listed, number, print_json, size, table, tinted, wrapped,
+    clean,
+    clock,
+    duration,
+    json_option,
+    listed,
+    number,
+    print_json,
+    size,
+    table,
+    tinted,
+    wrapped,
 )  # fmt: skip
 from .program import UNREACHABLE, no
 

@@ -106,7 +106,7 @@ class Mistaken(LuodError):
     code = "USAGE"
 
 
-def json_everywhere(ctx: click.Context, parameter: click.Parameter, value: bool) -> bool:
+def json_everywhere(ctx: click.Context, _: click.Parameter, value: bool) -> bool:
     """Make `--json` the default of every verb below."""
     if value:
         default: dict[str, Any] = {"as_json": True}
@@ -219,10 +219,5 @@ def no(code: int = 1) -> NoReturn:
 def _forget_output() -> None:
     """Nobody reads any more: what is still buffered must not raise again when Python ends."""
     null = os.open(os.devnull, os.O_WRONLY)
-    for number in (1, 2):
-        try:
-            os.write(number, b"")
-        except OSError:
-            pass
     os.dup2(null, 1)
     os.close(null)

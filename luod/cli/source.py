@@ -1,101 +1,133 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the journal verbs take their records from: a file, a copy of one, an exported text, or the running luod."""
+"""Where the records of a journal come from: luod, a database or a copy of one, or an exported file. One shape for all.
+
+Iterate once; afterwards `damage`, `torn` and `head` say what was met on the way. A file is never changed: the database is copied first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol
 
-import msgspec
-
-from ..journal.audit import Report
 from ..journal.record import Record
-from ..states.errors import LuodError
-from .link import luod
+from . import link
+
+if TYPE_CHECKING:
+    from ..journal.audit import Report
 
 Json = dict[str, Any]
 
 
-class Choice(NamedTuple):
-    """Which records are wanted: of one stream, with `after` < id <= `until`, at most `limit` of them (0: all)."""
+class Source(Protocol):
+    """Records in the order of their ids, and what is wrong with where they come from."""
 
-    stream: str = ""
-    after: int = 0
-    until: int = 0
-    limit: int = 0
+    name: str
 
-    def of(self, records: Iterator[Record]) -> Iterator[Record]:
-        """Pass the records that are wanted."""
-        passed = (
-            one
-            for one in records
-            if one.id > self.after
-            and (not self.until or one.id <= self.until)
-            and self.stream in ("", one.stream)
-        )
-        return islice(passed, self.limit) if self.limit else passed
-
-
-class Records:
-    """Records to iterate over once; `report()` afterwards says what was wrong with them, where that can be known."""
-
-    def __init__(self, records: Iterator[Record], audited: Any = None) -> None:
-        self._records = records
-        self._audited = audited
-
-    def __iter__(self) -> Iterator[Record]:
-        return self._records
+    def records(self, after: int = 0, stream: str | None = None) -> Iterator[Record]:
+        """Yield the records with an id above `after`, of one stream or of all."""
+        ...
 
     def report(self) -> Report | None:
-        """Read to the end, and tell what was found; None for records that came from luod, which has checked them."""
-        if self._audited is None:
-            return None
-        for _ in self._records:
-            pass
-        report: Report = self._audited.report()
+        """Return what was found so far, or None when luod itself vouches for its records."""
+        ...
+
+
+class Remote:
+    """The journal of a running luod, as far as the caller may see it."""
+
+    def __init__(self, client: link.Client) -> None:
+        self.name = "luod"
+        self._client = client
+
+    def records(self, after: int = 0, stream: str | None = None) -> Iterator[Record]:
+        """Ask page by page."""
+        for one in self._client.records(after, stream):
+            yield record_of(one)
+
+    def report(self) -> None:
+        """Luod has checked its journal when it started."""
+
+
+class Offline:
+    """A file: a database with its log, or an exported journal."""
+
+    def __init__(self, name: str, found: Any) -> None:
+        self.name = name
+        self._found = found
+
+    def records(self, after: int = 0, stream: str | None = None) -> Iterator[Record]:
+        """Read all of it, for what was not read is not checked; yield what is asked for."""
+        for record in self._found:
+            if record.id > after and (stream is None or record.stream == stream):
+                yield record
+
+    def report(self) -> Report:
+        """Tell what was found."""
+        report: Report = self._found.report()
         return report
 
 
 @contextmanager
-def records(journal: Path | None, *, deep: bool = False) -> Iterator[Records]:
-    """Open a journal: the file at `journal` (a database or an exported text), else the running luod's, through luod."""
-    if journal is None:
-        with luod() as link:
-            yield Records(from_json(one) for one in link.records())
+def open_source(socket: str, path: Path | None) -> Iterator[Source]:
+    """Open the journal at `path`, or that of the luod behind `socket`.
+
+    Raises `TransportError`, or `JournalMissing`, `NotAJournal`, `NewerSchema` and `JournalError`.
+    """
+    if path is None:
+        with link.connect(socket) as client:
+            yield Remote(client)
         return
+    with open_file(path) as found:
+        yield found
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Offline]:
+    """Open a database, a copy of one, or an exported journal."""
     from ..journal import export
+    from ..journal.errors import NotAJournal
     from ..journal.replay import Replay
 
-    if export.looks_like(journal):
-        text = export.Import(journal)
-        yield Records(iter(text), text)
+    if export.looks_like(path):
+        yield Offline(str(path), export.Import(path))
         return
-    with Replay(journal, deep=deep) as replay:
-        yield Records(iter(replay), replay)
+    if path.is_file() and path.stat().st_size == 0:
+        raise NotAJournal(f"{path} is empty", hint="name another file; this one was not changed")
+    with Replay(path) as replay:
+        yield Offline(str(path), replay)
 
 
-def path_of(journal: Path | None) -> Path:
-    """Return the file to look at: `journal`, else the running luod's. Raises `LuodError` when it cannot be read."""
-    if journal is not None:
-        return journal
-    with luod() as link:
-        path = Path(link.status()["journal"]["path"])
-    try:
-        path.open("rb").close()
-    except OSError as error:
-        raise LuodError(
-            f"luod's journal {path} cannot be read: {error.strerror}",
-            hint="run this as luod's user, or copy the journal and give --journal COPY",
-        ) from None
-    return path
+def locate(socket: str, path: Path | None) -> Path:
+    """Return `path`, or where the luod behind `socket` keeps its journal: some things need the file itself."""
+    if path is not None:
+        return path
+    return Path(str(link.ask(socket, "STATUS")["journal"]["path"]))
 
 
-def from_json(row: Json) -> Record:
-    """Turn a record as luod sends it into a record as it is stored; its chain value is not sent."""
+def record_of(one: Json) -> Record:
+    """Turn what luod sends back into a record. Its chain value is not sent."""
+    import msgspec
+
+    body = one["body"]
+    if isinstance(body, dict) and set(body) == {"undecodable"}:
+        raw = bytes.fromhex(body["undecodable"])
+    else:
+        raw = msgspec.json.encode(body)
     return Record(
-        row["id"], row["stream"], row["seq"], row["type"], row["wall_ns"], row["boot_ns"], row["boot_id"], row["run_id"],
-        row["cause"], msgspec.json.encode(row["body"]), b"",
+        one["id"], one["stream"], one["seq"], one["type"], one["wall_ns"], one["boot_ns"], one["boot_id"],
+        one["run_id"], one["cause"], raw, b"",
     )  # fmt: skip
+
+
+def damage_json(report: Report | None) -> Json:
+    """Return what is wrong with a source as every verb shows it."""
+    if report is None:
+        return {"damage": [], "torn": None}
+    import msgspec
+
+    return {
+        "damage": [{**msgspec.to_builtins(one), "text": str(one)} for one in report.damage],
+        "torn": msgspec.to_builtins(report.torn),
+    }
