@@ -24,7 +24,10 @@ import signal
 import socket
 import sys
 import time
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 STATE = "/run/state"
 LAB = f"{STATE}/lab"
@@ -210,38 +213,52 @@ class Guest:
         return result
 
     def do_start(self, step: Json) -> Json:
-        """Start a process that stays; with `ready` wait until it says READY=1 on its NOTIFY_SOCKET."""
-        if not step.get("ready"):
-            self.background[step["name"]] = self.spawn(step)
+        """Start a process that stays, and wait until it is ready if it says so: READY=1 on NOTIFY_SOCKET, or a byte on `ready_fd`."""
+        name = step["name"]
+        if step.get("ready_fd"):
+            hear, tell = os.pipe()
+            self.background[name] = pid, pidfd = self.spawn(step, ready=tell)
+            os.close(tell)
+            outcome = self.await_ready(step, hear, pidfd, lambda: bool(os.read(hear, 1)))
+            os.close(hear)
+        elif step.get("ready"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+                address = f"/run/notify-{name}"
+                notify.bind(address)
+                os.chmod(address, 0o666)
+                self.background[name] = pid, pidfd = self.spawn(step, {"NOTIFY_SOCKET": address})
+                outcome = self.await_ready(
+                    step, notify.fileno(), pidfd, lambda: b"READY=1" in notify.recv(4096).split(b"\n")
+                )
+        else:
+            self.background[name] = self.spawn(step)
             return {"ok": True}
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            address = f"/run/notify-{step['name']}"
-            notify.bind(address)
-            os.chmod(address, 0o666)
-            pid, pidfd = self.spawn(step, {"NOTIFY_SOCKET": address})
-            self.background[step["name"]] = (pid, pidfd)
-            deadline = time.monotonic() + step["timeout_s"]
-            poll = select.poll()
-            poll.register(notify, select.POLLIN)
-            poll.register(pidfd, select.POLLIN)
-            while (left := deadline - time.monotonic()) > 0:
-                for fd, _ in poll.poll(left * 1000):
-                    if fd == notify.fileno() and b"READY=1" in notify.recv(4096).split(b"\n"):
-                        return {"ok": True}
-                    if fd == pidfd:
-                        del self.background[step["name"]]
-                        code = self.collect(pid, pidfd)
-                        return {
-                            "ok": False,
-                            "code": code,
-                            "output": self.tail(step["name"]),
-                            "message": "ended before it was ready",
-                        }
-        return {
-            "ok": False,
-            "output": self.tail(step["name"]),
-            "message": f"not ready after {step['timeout_s']} s",
-        }
+        if outcome == "ready":
+            return {"ok": True}
+        if outcome == "ended":
+            del self.background[name]
+            code = self.collect(pid, pidfd)
+            return {
+                "ok": False,
+                "code": code,
+                "output": self.tail(name),
+                "message": "ended before it was ready",
+            }
+        return {"ok": False, "output": self.tail(name), "message": f"not ready after {step['timeout_s']} s"}
+
+    def await_ready(self, step: Json, fd: int, pidfd: int, said: Callable[[], bool]) -> str:
+        """Wait for a word on `fd` that means ready, for the end of the process, or for the time limit: "ready", "ended", "late"."""
+        deadline = time.monotonic() + step["timeout_s"]
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        poll.register(pidfd, select.POLLIN)
+        while (left := deadline - time.monotonic()) > 0:
+            heard = {each for each, _ in poll.poll(left * 1000)}
+            if fd in heard and said():
+                return "ready"
+            if pidfd in heard:
+                return "ended"
+        return "late"
 
     def do_signal(self, step: Json) -> Json:
         """Send a signal to a started process."""
@@ -280,7 +297,7 @@ class Guest:
             return file.read().decode("utf-8", "replace")
         return ""
 
-    def spawn(self, step: Json, more: dict[str, str] | None = None) -> tuple[int, int]:
+    def spawn(self, step: Json, more: dict[str, str] | None = None, ready: int = -1) -> tuple[int, int]:
         """Start a step's process in a session (and, if wanted, a cgroup and a user) of its own; its output goes to the state disk."""
         environment = {**self.script["environment"], **step.get("environment", {}), **(more or {})}
         environment |= {REPORT_VARIABLE: "3", "LUOD_LAB_BOOT": str(self.boot), "LUOD_LAB_STATE": STATE}
@@ -288,7 +305,7 @@ class Guest:
         pid = os.fork()
         if pid == 0:
             try:
-                self.become(step, output)
+                self.become(step, output, ready)
                 os.execve(step["argv"][0], step["argv"], environment)
             except BaseException as error:
                 os.write(2, f"cannot start {step['argv']}: {error}\n".encode())
@@ -297,13 +314,15 @@ class Guest:
         os.close(output)
         return pid, os.pidfd_open(pid)
 
-    def become(self, step: Json, output: int) -> None:
+    def become(self, step: Json, output: int, ready: int) -> None:
         """Turn a fresh child into what the step wants, up to its exec."""
         os.setsid()
         null = os.open("/dev/null", os.O_RDONLY)
         port = os.dup(self.port)
         for source, target in ((null, 0), (output, 1), (output, 2), (port, 3)):
             os.dup2(source, target)
+        if ready >= 0:
+            os.dup2(ready, step["ready_fd"])
         os.chdir(step.get("directory") or "/")
         if step.get("cgroup"):
             group = f"/sys/fs/cgroup/{step['cgroup']}"

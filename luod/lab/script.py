@@ -38,6 +38,7 @@ class Step:
     uid: int = 0
     leaves: bool = False
     ready: bool = False
+    ready_fd: int = 0
     go_on: bool = False
     target: str = ""
     signal: int = 0
@@ -58,7 +59,11 @@ def run(name: str, argv: Sequence[str | Path], **options: Any) -> Step:
 
 
 def start(name: str, argv: Sequence[str | Path], **options: Any) -> Step:
-    """Start a program that stays. With `ready=True` the next step waits for its READY=1 on NOTIFY_SOCKET. Options as for `run`."""
+    """Start a program that stays.
+
+    With `ready=True` the next step waits for its READY=1 on NOTIFY_SOCKET, with `ready_fd=N` for a byte on its descriptor N. Other
+    options as for `run`.
+    """
     return Step(name, "start", argv=tuple(map(str, argv)), **options)
 
 

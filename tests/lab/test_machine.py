@@ -29,6 +29,7 @@ def mishaps(newest, run_lab):
                 run("no-such-program", ["/no/such/program"], go_on=True),
                 start("dies", ["/bin/false"], ready=True, go_on=True),
                 start("mute", ["/bin/sleep", "1000"], ready=True, timeout_s=0.3, go_on=True),
+                start("by-fd", ["/bin/sh", "-c", "echo >&7; exec sleep 1000"], ready_fd=7),
                 start("stays", ["/bin/sleep", "1000"]),
                 send("stays", signal.SIGTERM),
                 wait("stays", codes=(-15,)),
@@ -60,6 +61,10 @@ def test_exit_codes_and_signals_are_told(mishaps) -> None:
     assert mishaps.step("no-such-program")["code"] == 127
     assert mishaps.step("wait-stays")["ok"]
     assert mishaps.step("wait-stays")["code"] == -15
+
+
+def test_readiness_is_heard_on_a_descriptor(mishaps) -> None:
+    assert mishaps.step("by-fd")["ok"]
 
 
 def test_steps_run_as_other_users_in_their_cgroup(mishaps) -> None:

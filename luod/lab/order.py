@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Order an update in a lab guest, as an operator does: load the next kernel through luod, then have luod jump into it.
+
+    python -m luod.lab.order --run DIR --kernel IMAGE [--append ARGUMENTS]
+
+It follows the update's records until the machine is gone, and ends with 1 when luod says that there will be no jump.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..client import Client
+from ..states.errors import LuodError
+from .jump import next_cmdline
+from .report import emit
+
+PATIENCE_S = 120.0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns only when luod did not jump."""
+    parser = argparse.ArgumentParser(prog="luod.lab.order")
+    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--kernel", type=Path, required=True)
+    parser.add_argument("--append")
+    options = parser.parse_args(argv)
+    cmdline = next_cmdline(Path("/proc/cmdline").read_text("utf-8").strip(), options.append)
+    try:
+        with Client.connect(options.run / "liveupdate.sock", timeout=PATIENCE_S) as luod:
+            luod.hello(["progress"])
+            luod.load(options.kernel, cmdline=cmdline)
+            luod.watch()
+            luod.kexec()
+            while True:
+                event = luod.next_event(PATIENCE_S)
+                emit("progress", name=event.name, fields={key: str(value)[:200] for key, value in event.fields.items()})
+                if event.fields.get("type", "").startswith(("update.aborted", "update.refused", "update.failed")):
+                    print(f"the update ended without a jump: {event.fields}", file=sys.stderr)
+                    return 1
+    except LuodError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
