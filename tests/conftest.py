@@ -102,13 +102,12 @@ def leaks(before: Holdings, grace_s: float = GRACE_S) -> list[str]:
         if thread.is_alive():
             found.append(f"thread {thread.name!r} is still running")
     for pid in children() - before.children:
-        # Reading the command line first: a process that has ended has none any more.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")
-            if outlives(pid, grace_s):
-                found.append(f"process {pid} is still running: {command[:200].decode(errors='replace')}")
-                os.kill(pid, signal.SIGKILL)
-                outlives(pid, grace_s)
+        if outlives(pid, grace_s):
+            # Only read now: for a moment after it was started, a process has no command line yet.
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ")[:200]
+            found.append(f"process {pid} is still running: {command.decode(errors='replace')}")
+            os.kill(pid, signal.SIGKILL)
+            outlives(pid, grace_s)
     if Holdings.now().fds - before.fds:
         gc.collect()  # what only a reference cycle holds is closed now, and warns for itself
     found += [f"fd {fd} is still open: {what}" for fd, what in sorted(Holdings.now().fds - before.fds)]
