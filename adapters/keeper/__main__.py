@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import resource
 import socket
@@ -13,6 +14,15 @@ from pathlib import Path
 from ...states.errors import LuodError
 from ..kernel import open_kernel
 from .server import Keeper, install_signals
+
+RESERVE = 512
+"""Descriptors that are not for holding: connections, and fds that have come and are not yet stored."""
+
+
+class UsageError(LuodError):
+    """The command line contradicts itself."""
+
+    exit_code = 2
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,27 +44,46 @@ def run(argv: list[str] | None = None) -> int:
     """Hold fds until told to end; return the exit code."""
     args = parser().parse_args(argv)
     try:
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         if (args.kernel == "emulated") != (args.emulator is not None):
-            raise LuodError("--kernel emulated and --emulator DIR go together")
-        keeper = Keeper(args.dir, open_kernel(args.kernel, directory=args.emulator), limit=args.max)
+            raise UsageError("--kernel emulated and --emulator DIR go together")
+        limit = min(args.max, descriptors())
+        keeper = Keeper(args.dir, open_kernel(args.kernel, directory=args.emulator), limit=limit)
     except (LuodError, OSError) as error:
         print(f"luod-keeper: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, LuodError) else 3
     install_signals(keeper)
-    if args.ready_fd is not None:
-        os.write(args.ready_fd, b"\n")
-        os.close(args.ready_fd)
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
-            sock.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
+    with contextlib.suppress(
+        OSError
+    ):  # the last to be killed when memory runs out, where that may be asked for
+        Path("/proc/self/oom_score_adj").write_text("-900")
+    ready(args.ready_fd)
     try:
         keeper.serve()
     finally:
         keeper.close()
     return 0
+
+
+def descriptors() -> int:
+    """Take as many file descriptors as may be had; return how many can be held when some are left for the sockets."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard - min(RESERVE, hard // 2)
+
+
+def ready(fd: int | None) -> None:
+    """Tell whoever wants to know that the sockets answer. That nobody listens any more is no reason to end."""
+    with contextlib.suppress(OSError):
+        if fd is not None:
+            os.write(fd, b"\n")
+            os.close(fd)
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address:
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+        ):
+            sock.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
 
 
 def main() -> None:

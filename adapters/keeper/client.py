@@ -6,14 +6,13 @@ Each call opens one connection, so calls from several threads never mix and a re
 
 from __future__ import annotations
 
-import os
 import socket
 from pathlib import Path
 from typing import Any
 
 from ...states.errors import LuodError
 from ..liveupdate import errors as kernel_errors
-from .messages import ANSWER_SIZE, receive, send
+from .messages import ANSWER_SIZE, let_go, receive, send
 
 
 class KeeperError(LuodError):
@@ -23,18 +22,25 @@ class KeeperError(LuodError):
 
 
 class Keeper:
-    """The second holder of session fds. `timeout` (seconds) bounds a call, 0 lets a kernel call take what it takes."""
+    """The second holder of session fds. `timeout` (seconds) bounds every call but `create` and `retrieve`.
+
+    Those two take what the kernel takes: a call into it is not cancelled, and giving up would leave a session that nobody knows of.
+    """
 
     def __init__(self, directory: Path, *, timeout: float = 30.0) -> None:
         self._path = directory / "keeper.sock"
-        self._timeout = timeout or None
+        self._timeout = timeout
 
-    def _ask(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> tuple[dict[str, Any], int | None]:
+    def _ask(
+        self, message: dict[str, Any], fds: tuple[int, ...] = (), *, patient: bool = False
+    ) -> tuple[dict[str, Any], int | None]:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_CLOEXEC) as sock:
                 sock.settimeout(self._timeout)
                 sock.connect(str(self._path))
                 send(sock, message, fds)
+                if patient:
+                    sock.settimeout(None)
                 answer, got = receive(sock, ANSWER_SIZE)
         except (OSError, ValueError) as error:
             raise KeeperError(
@@ -46,11 +52,9 @@ class Keeper:
                 f"luod-keeper at {self._path} hung up", hint="only its own uid and root may ask it"
             )
         if "error" in answer:
-            for fd in got:
-                os.close(fd)
+            let_go(got)
             raise rebuilt(answer["error"])
-        for fd in got[1:]:
-            os.close(fd)
+        let_go(got[1:])
         return answer, got[0] if got else None
 
     def boot_id(self) -> str:
@@ -58,8 +62,14 @@ class Keeper:
         return str(self._ask({"do": "BOOT_ID"})[0]["boot_id"])
 
     def names(self) -> list[str]:
-        """Return the names held, one for each fd."""
-        return [str(name) for name in self._ask({"do": "NAMES"})[0]["names"]]
+        """Return the names held, one for each fd, in the order in which they came."""
+        found: list[str] = []
+        after, more = 0, True
+        while more:
+            answer, _ = self._ask({"do": "NAMES", "after": after})
+            found += [str(name) for name in answer["names"]]
+            after, more = int(answer["last"]), bool(answer["more"])
+        return found
 
     def get(self, name: str) -> int | None:
         """Return a copy of the newest fd held under a name, or None."""
@@ -74,7 +84,7 @@ class Keeper:
         return self._fd({"do": "RETRIEVE", "name": name})
 
     def _fd(self, message: dict[str, Any]) -> int:
-        _, fd = self._ask(message)
+        _, fd = self._ask(message, patient=True)
         if fd is None:
             raise KeeperError(f"luod-keeper answered {message['do']} {message['name']} without an fd")
         return fd
