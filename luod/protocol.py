@@ -129,12 +129,16 @@ class Status(Command, frozen=True, tag="STATUS"):
     """Ask for the host at a glance."""
 
 
-class Clients(Command, frozen=True, tag="CLIENTS"):
-    """Ask who is connected."""
+class Clients(Command, frozen=True, tag="CLIENTS", kw_only=True):
+    """Ask who is connected; with `after`, for those behind that id."""
+
+    after: Short = ""
 
 
-class Sessions(Command, frozen=True, tag="SESSIONS"):
-    """Ask for all sessions."""
+class Sessions(Command, frozen=True, tag="SESSIONS", kw_only=True):
+    """Ask for all sessions; with `after`, for those behind that id."""
+
+    after: Short = ""
 
 
 class SessionQuery(Command, frozen=True, tag="SESSION", kw_only=True):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,6 +13,17 @@ from .states import events as ev
 from .states.fold import Session, Streamed, Update
 
 Reply = dict[str, Any]
+
+
+def every(call: Callable[..., Any], verb: str, what: str) -> list[Reply]:
+    """Ask for all pages of SESSIONS or CLIENTS; `call(verb, after=...)` returns a reply with `fields`."""
+    rows: list[Reply] = []
+    after: str | None = ""
+    while after is not None:
+        fields = call(verb, after=after).fields
+        rows += fields[what]
+        after = fields.get("next")
+    return rows
 
 
 def to_json(resource: ev.Resource) -> dict[str, Any]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .core import Luod
 
 Reply = dict[str, Any]
+PAGE_BYTES = 48_000
 
 
 class Admin:
@@ -82,9 +83,10 @@ class Admin:
             ],
         }
 
-    async def sessions(self, connection: Connection) -> Reply:
-        """Return every session that the caller may see."""
-        return {"sessions": [session_json(one) for one in self._visible(connection)]}
+    async def sessions(self, connection: Connection, after: str) -> Reply:
+        """Return the sessions that the caller may see, as many as fit in a line; `next` is what to ask for after it."""
+        rows, more = page([session_json(one) for one in self._visible(connection)], after)
+        return {"sessions": rows, "next": more}
 
     async def session(self, connection: Connection, name: str) -> Reply:
         """Return one session, by its id or by its client's id."""
@@ -94,8 +96,8 @@ class Admin:
             raise Refused("UNKNOWN_ID", f"there is no session {name!r}", hint="`luoctl sessions` lists them")
         return {"session": session_json(found)}
 
-    async def clients(self, connection: Connection) -> Reply:
-        """Return the connected clients that the caller may see."""
+    async def clients(self, connection: Connection, after: str) -> Reply:
+        """Return the connected clients that the caller may see, paged like the sessions."""
         rows = []
         for one in self.luod.connections:
             if one.peer.uid != connection.peer.uid and not self.desk.is_admin(connection.peer.uid):
@@ -107,24 +109,25 @@ class Admin:
                     "session": session.id if session else None, "state": str(session.state) if session else None,
                     "connected_s": round(time.monotonic() - one.since, 3),
                 })  # fmt: skip
-        return {"clients": sorted(rows, key=lambda row: str(row["id"]))}
+        fitting, more = page(sorted(rows, key=lambda row: str(row["id"])), after)
+        return {"clients": fitting, "next": more}
 
     async def journal(self, connection: Connection, command: Any) -> Reply:
         """Return records of the journal, oldest first."""
         limit = max(1, min(command.limit or 1000, 1000))
         out: list[Reply] = []
-        for record in self.luod.journal.read(command.after or 0):
-            if command.stream and record.stream != command.stream:
-                continue
-            if self.may_read(connection, record.stream):
-                out.append(record_json(record))
-            if len(out) >= limit or sum(len(str(one["body"])) for one in out[-1:]) > 30000:
-                break
         size = 0
-        for index, one in enumerate(out):
+        for record in self.luod.journal.read(command.after or 0):
+            if (command.stream and record.stream != command.stream) or not self.may_read(
+                connection, record.stream
+            ):
+                continue
+            one = record_json(record)
             size += len(msgspec.json.encode(one)) + 1
-            if size > 48000:
-                out = out[: max(index, 1)]
+            if out and size > PAGE_BYTES:
+                break
+            out.append(one)
+            if len(out) >= limit:
                 break
         return {"records": out, "head": self.luod.journal.head()[0]}
 
@@ -202,6 +205,17 @@ class Admin:
         effect = await self.engine.resolve(command.key, command.decision)
         self.luod.spawn(self.luod.director.close_if_done)
         return {"key": effect.key, "status": effect.status}
+
+
+def page(rows: list[Reply], after: str) -> tuple[list[Reply], str | None]:
+    """Return the rows behind the one whose id is `after` that fit in a line, and the id to go on after, if any are left."""
+    start = next((index + 1 for index, row in enumerate(rows) if row["id"] == after), 0) if after else 0
+    size = 0
+    for index in range(start, len(rows)):
+        size += len(msgspec.json.encode(rows[index])) + 1
+        if size > PAGE_BYTES and index > start:
+            return rows[start:index], str(rows[index - 1]["id"])
+    return rows[start:], None
 
 
 def _digest(path: Path) -> str:

@@ -131,9 +131,12 @@ async def _sessions(luod: Luod, boot_held: HeldAnswer, why: str) -> None:
 
 async def _release_ended(luod: Luod, names: set[str]) -> None:
     """Let go of what the second holder still has of sessions that have ended."""
-    ended = [one for one in luod.engine.book.sessions() if one.state in SESSION.final and one.kernel_name in names]
+    ended = [
+        one for one in luod.engine.book.sessions() if one.state in SESSION.final and one.kernel_name in names
+    ]
     await luod.engine.perform(
-        *(Intent(one.id, f"{one.id}/release", "session.release", {"name": one.kernel_name}) for one in ended), again=True
+        *(Intent(one.id, f"{one.id}/release", "session.release", {"name": one.kernel_name}) for one in ended),
+        again=True,
     )
     known = {one.kernel_name for one in luod.engine.book.sessions()} | {BLACK_BOX_SESSION, RING}
     for name in sorted(names - known):

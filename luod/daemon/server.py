@@ -150,10 +150,16 @@ class Server:
             connection.push(_reply_error(seq, error) if seq is not None else _event_error(error))
         else:
             if reply is not None and seq is not None:
-                connection.push({"reply": seq, "ok": True, **reply})
+                self._answer(connection, seq, reply)
         finally:
             for fd in frame.fds:
                 os.close(fd)
+
+    def _answer(self, connection: Connection, seq: int, reply: dict[str, Any]) -> None:
+        try:
+            connection.push({"reply": seq, "ok": True, **reply})
+        except wire.ProtocolError as error:
+            connection.push(_reply_error(seq, error))
 
     async def _obey(self, connection: Connection, command: Any, fds: list[int]) -> dict[str, Any] | None:
         desk, admin = self.desk, self.admin
@@ -186,9 +192,9 @@ class Server:
             case "STATUS":
                 return await admin.status(connection)
             case "CLIENTS":
-                return await admin.clients(connection)
+                return await admin.clients(connection, command.after)
             case "SESSIONS":
-                return await admin.sessions(connection)
+                return await admin.sessions(connection, command.after)
             case "SESSION":
                 return await admin.session(connection, command.id)
             case "JOURNAL":

@@ -14,7 +14,7 @@ import click
 from ..timeline import blackout, draw_book
 from .host import Host, Outcome, Setting, discard, journal_of, workspace
 from .invariants import problems
-from .sweep import Verdict, clean_points, sweep
+from .sweep import Verdict, all_settings, sweep
 
 SWEEP_SESSIONS = 2
 SWEEP_BYTES = 64 << 10
@@ -134,7 +134,8 @@ def _tell(outcome: Outcome, setting: Setting, picture: str, found: list[str], ba
 
 
 def _sweep(base: Path, setting: Setting, jobs: int, as_json: bool, *, only_list: bool) -> int:
-    clean, points = clean_points(base / "clean", setting)
+    clean, settings = all_settings(base, setting)
+    points = [one.kill_at + (" (kexec refused)" if one.refuse else "") for one in settings]
     if only_list:
         click.echo(
             json.dumps(points)
@@ -150,7 +151,7 @@ def _sweep(base: Path, setting: Setting, jobs: int, as_json: bool, *, only_list:
     bad: list[Verdict] = []
     recoveries = verified = 0
     endings = {"done": 0, "aborted": 0}
-    for done, verdict in enumerate(sweep(base, setting, points, jobs), 1):
+    for done, verdict in enumerate(sweep(base, settings, jobs), 1):
         recoveries += verdict.restarts
         verified += verdict.bytes_verified
         endings[verdict.ending] = endings.get(verdict.ending, 0) + 1

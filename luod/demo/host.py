@@ -7,6 +7,7 @@ once, and the operator asks again for what was asked for. All waiting is on pipe
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import os
@@ -30,6 +31,7 @@ from ..daemon import __main__ as luod_main
 from ..journal.errors import JournalVolatile
 from ..journal.volume import check
 from ..states.errors import LuodError
+from ..views import every
 from . import client as demo_client
 from .process import Child
 
@@ -50,6 +52,8 @@ class Setting(msgspec.Struct, frozen=True):
     kill_at: str = ""
     operator: str = "again"
     """What the operator does with an update that waits for a person: `again` or `abort`."""
+    refuse: bool = False
+    """Whether the kernel refuses the kexec, so that everything must be rolled back."""
 
 
 class Outcome(msgspec.Struct):
@@ -221,6 +225,8 @@ class Host:
         self.start_boot()
         with self.link() as link:
             self._settle_fds(link, "before")
+        if self.setting.refuse:
+            self.control.inject("freeze", errno=errno.EBUSY)
         self.start_clients()
         for child in self.clients():
             if b"subscribed" not in child.line(PATIENCE_S):
@@ -375,7 +381,7 @@ class Host:
         """Gather what the checks need, and see that one more recovery changes nothing."""
         with self.link() as link:
             self._settle_fds(link, "after")
-            self.outcome.sessions = link.call("SESSIONS").fields["sessions"]
+            self.outcome.sessions = every(link.call, "SESSIONS", "sessions")
             status = link.call("STATUS").fields
             self.outcome.update = status["update"]
             rows = status["journal"]["rows"]

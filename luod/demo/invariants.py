@@ -86,7 +86,7 @@ def no_effect_twice(outcome: Outcome) -> Iterable[str]:
         if op == "REBOOT_KEXEC":
             open_.clear()
     jumps = sum(entry["op"] == "REBOOT_KEXEC" for entry in outcome.audit)
-    if jumps != (1 if outcome.ending == "done" else 0):
+    if jumps != (outcome.ending == "done"):
         yield f"{jumps} kexecs in an update that is {outcome.ending}"
 
 
@@ -97,7 +97,7 @@ BOX = {
 
 
 def no_fd_leaked(outcome: Outcome) -> Iterable[str]:
-    """luod and the keeper end with what they began with, but for the black box, which lives as long as its boot."""
+    """Both luod and the keeper end with what they began with, but for the black box, which lives as long as its boot."""
     for name, after in outcome.fds_after.items():
         box = BOX[name] if outcome.ending == "aborted" else Counter[str]()
         extra = Counter(after) - Counter(outcome.fds_before[name]) - box

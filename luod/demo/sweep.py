@@ -55,28 +55,41 @@ def clean_points(directory: Path, setting: Setting) -> tuple[Outcome, list[str]]
     return outcome, list(dict.fromkeys(outcome.points))
 
 
+def all_settings(base: Path, setting: Setting) -> tuple[Outcome, list[Setting]]:
+    """Return a clean run's outcome, and one setting for every crash point.
+
+    The points are those of an update that goes through, and those of one that the kernel refuses, which is rolled back.
+    """
+    clean, points = clean_points(base / "clean", setting)
+    _, refused = clean_points(base / "refused", msgspec.structs.replace(setting, refuse=True))
+    settings = [msgspec.structs.replace(setting, kill_at=point) for point in points]
+    settings += [
+        msgspec.structs.replace(setting, kill_at=point, refuse=True)
+        for point in refused
+        if point not in points or "/reboot:" in point or "/release:" in point
+    ]
+    return clean, [
+        msgspec.structs.replace(one, operator="abort" if number % OPERATOR_ABORTS_EVERY == 1 else "again")
+        for number, one in enumerate(settings)
+    ]
+
+
 def sweep(
     base: Path,
-    setting: Setting,
-    points: list[str],
+    settings: list[Setting],
     jobs: int,
     *,
     run: Callable[[Path, Setting], Verdict] | None = None,
 ) -> Iterator[Verdict]:
-    """Run every point, `jobs` at a time, each in a process of its own; yield the verdicts as they come."""
-    waiting = list(enumerate(points))
+    """Make every run, `jobs` at a time, each in a process of its own; yield the verdicts as they come."""
+    waiting = list(enumerate(settings))
     running: dict[int, tuple[Child, str]] = {}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
-                number, point = waiting.pop(0)
-                operator = "abort" if number % OPERATOR_ABORTS_EVERY == 1 else "again"
-                child = _launch(
-                    base / f"point-{number:03}",
-                    msgspec.structs.replace(setting, kill_at=point, operator=operator),
-                    run,
-                )
-                running[child.pipe] = (child, point)
+                number, setting = waiting.pop(0)
+                child = _launch(base / f"point-{number:03}", setting, run)
+                running[child.pipe] = (child, setting.kill_at)
             poll = select.poll()
             for pipe in running:
                 poll.register(pipe, select.POLLIN)
