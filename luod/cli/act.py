@@ -11,9 +11,10 @@ import click
 
 from ..conversation import Timeout, TransportError
 from ..states.errors import LuodError
-from . import link
+from ..views import every
+from . import reach
 from .follow import ENDS, Follower, NotEnded, Progress, good, newest, verdict
-from .output import clean, json_option, print_json
+from .printing import clean, json_option, print_json
 from .program import Mistaken, no
 
 PROC_CMDLINE = Path("/proc/cmdline")
@@ -54,7 +55,7 @@ def load(
         "cmdline": text,
         "initrd": str(initrd.absolute()) if initrd else None,
     }
-    reply = link.ask(socket, "LOAD", timeout=LOAD_S, **fields)
+    reply = reach.ask(socket, "LOAD", timeout=LOAD_S, **fields)
     if as_json:
         print_json(reply)
         return
@@ -71,8 +72,11 @@ def load(
 
 
 def running_cmdline(path: Path = PROC_CMDLINE) -> str:
-    """Return the command line of the running kernel, without what its boot loader added for itself."""
-    words = path.read_text(encoding="utf-8", errors="surrogateescape").split()
+    """Return the command line of the running kernel, without what its boot loader added for itself. Raises `Mistaken`."""
+    try:
+        words = path.read_text(encoding="utf-8", errors="replace").split()
+    except OSError as error:
+        raise Mistaken(f"{path} cannot be read: {error.strerror}", hint="give --cmdline instead") from None
     return " ".join(word for word in words if not word.startswith(("BOOT_IMAGE=", "initrd=")))
 
 
@@ -99,7 +103,7 @@ def kexec(socket: str, no_wait: bool, deadline: float | None, force: bool, as_js
 
     Goes on with an update that waits for a person. Exit code 1 when the update is undone; the machine then runs on as before.
     """
-    with link.connect(socket) as client:
+    with reach.connect(socket) as client:
         head = int(client.call("STATUS").fields["journal"]["rows"])
         name = str(client.call("KEXEC", force=force, deadline_s=deadline).fields["update"])
         update = newest(client) if no_wait else None
@@ -171,7 +175,7 @@ def abort(socket: str, id: str | None, reason: str, timeout: float, as_json: boo
     progress = Progress(quiet=as_json)
     deadline = time.monotonic() + timeout
     undone = False
-    with link.connect(socket) as client:
+    with reach.connect(socket) as client:
         client.call("WATCH")
         aborted = [str(name) for name in client.call("ABORT", id=id, reason=reason).fields["aborted"]]
         left = set(aborted) - _ended(client, aborted)
@@ -200,9 +204,9 @@ def abort(socket: str, id: str | None, reason: str, timeout: float, as_json: boo
         no()
 
 
-def _ended(client: link.Client, streams: list[str]) -> set[str]:
+def _ended(client: reach.Client, streams: list[str]) -> set[str]:
     """Return those of the streams that have ended: what ends between the question and the answer is not missed."""
-    ended = {one["id"] for one in client.call("SESSIONS").fields["sessions"] if one["state"] == "aborted"}
+    ended = {one["id"] for one in every(client.call, "SESSIONS", "sessions") if one["state"] == "aborted"}
     update = newest(client)
     if update is not None and update["state"] in ENDS:
         ended.add(update["id"])
@@ -219,7 +223,7 @@ def resolve(socket: str, key: str, decision: str, as_json: bool) -> None:
 
     done: it has happened. absent: it has not. retry: make it again. give-up: count it as failed.
     """
-    reply = link.ask(socket, "RESOLVE", key=key, decision=decision)
+    reply = reach.ask(socket, "RESOLVE", key=key, decision=decision)
     if as_json:
         print_json(reply)
     else:

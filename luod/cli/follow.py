@@ -17,8 +17,8 @@ import click
 
 from ..conversation import ConnectionLost, Timeout, TransportError
 from ..states.errors import LuodError
-from . import link, sentences
-from .output import clean, clock
+from . import reach, sentences
+from .printing import clean, clock
 
 Json = dict[str, Any]
 ENDS = frozenset({"done", "aborted", "lost"})
@@ -87,7 +87,7 @@ class Progress:
             self._shown = ""
 
 
-def newest(client: link.Client) -> Json | None:
+def newest(client: reach.Client) -> Json | None:
     """Return the newest update."""
     update: Json | None = client.call("STATUS").fields["update"]
     return update
@@ -127,7 +127,7 @@ class Follower:
             if self._reached:
                 retry = min(self._deadline, time.monotonic() + self._patience)
             try:
-                with link.connect(self._socket, retry_until=retry) as client:
+                with reach.connect(self._socket, retry_until=retry) as client:
                     self._reached = True
                     client.call("WATCH", after=self._after)
                     last = newest(client)
@@ -140,7 +140,7 @@ class Follower:
                     raise
                 self._progress.line("luod has gone; waiting for it to come back")
 
-    def _next(self, client: link.Client, update: Json) -> None:
+    def _next(self, client: reach.Client, update: Json) -> None:
         """Take in records until the update may have changed."""
         while True:
             left = self._deadline - time.monotonic()

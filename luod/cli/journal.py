@@ -17,7 +17,7 @@ from ..journal.record import Record
 from ..states.errors import LuodError
 from ..views import record_json
 from . import sentences
-from .output import clean, clock, colored, day, json_option, number, print_json, tinted, width, wrapped
+from .printing import clean, clock, colored, day, json_option, number, print_json, tinted, width, wrapped
 from .program import Mistaken, json_everywhere, no
 from .source import damage_json, locate, open_file, open_source
 
@@ -44,10 +44,14 @@ def up_to(command: Command) -> Command:
     )(command)
 
 
-class Interrupted(LuodError):
+class NotWritten(LuodError):
     """The output could not be written."""
 
-    code = "OUTPUT"
+
+class NoSuchUpdate(LuodError):
+    """There is no update to draw."""
+
+    code = "UNKNOWN_ID"
 
 
 @click.group("journal")
@@ -121,14 +125,10 @@ def print_json_rest(rest: dict[str, Any]) -> None:
 
 def _show_text(records: Iterator[Record]) -> None:
     boot = today = ""
-    last = 0
     for record in records:
         if record.boot_id != boot or day(record.wall_ns) != today:
             boot, today = record.boot_id, day(record.wall_ns)
             click.echo(_dim(f"-- {today}, boot {clean(boot)}"))
-        if last and record.id != last + 1:
-            pass
-        last = record.id
         shown = record_json(record)
         lead = f"{record.id:>5}  {clock(record.wall_ns)}  {clean(record.stream):<10} "
         name, text = sentences.event(shown), sentences.of(shown)
@@ -232,7 +232,7 @@ def _torn(report: Report) -> str:
     "-o",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Write here, readable by you alone; otherwise to standard output.",
+    help="Write this file, for you alone to read; otherwise standard output.",
 )
 @json_option
 @click.pass_obj
@@ -272,7 +272,7 @@ def _export(source: Any, output: Path | None) -> dict[str, Any]:
             trailer = text.write(source.records(), file, manifest)
             commit()
     except OSError as error:
-        raise Interrupted(
+        raise NotWritten(
             f"{output} cannot be written: {error.strerror}", hint="choose another --output"
         ) from None
     return dict(msgspec.to_builtins(trailer))
@@ -301,25 +301,31 @@ class _beside:
 
 @journal.command("timeline")
 @from_file
+@click.option("--update", metavar="ID", help="This update; otherwise the newest.")
 @json_option
 @click.pass_obj
-def timeline(socket: str, path: Path | None, as_json: bool) -> None:
-    """Draw what took how long: one bar for each session, through the blackout. With --json: sessions and updates with their times."""
+def timeline(socket: str, path: Path | None, update: str | None, as_json: bool) -> None:
+    """Draw what took how long in an update: one bar for each session, and what the blackout was made of."""
+    import msgspec
+
+    from ..timeline import Story, draw
+
     with open_source(socket, path) as source:
         records = list(source.records())
         report = source.report()
+    course = Story(records).course(update or "")
     if as_json:
-        from . import rebuild
-
-        state = rebuild.rebuild(iter(records))
-        print_json({
-            name: [{"id": one["id"], "state": one["state"], "entered": one["entered"]} for one in state[name]]
-            for name in ("updates", "sessions")
-        } | damage_json(report))  # fmt: skip
-    else:
-        from ..timeline import draw
-
-        click.echo(draw(records, width=min(width(), 160), color=colored()).rstrip("\n"))
+        print_json({"course": msgspec.to_builtins(course), **damage_json(report)})
+    elif course is not None:
+        click.echo(draw(course, width=min(width(), 160), colour=colored()), nl=False)
+    if course is None:
+        _end(report, told=as_json)
+        if as_json:
+            no()
+        raise NoSuchUpdate(
+            f"the journal knows no update {update!r}" if update else "the journal holds no update yet",
+            hint="`luoctl journal replay` lists what it holds",
+        )
     _end(report, told=as_json)
 
 

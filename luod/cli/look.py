@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from . import link
-from .output import (
+from ..views import every
+from . import reach
+from .printing import (
     clean,
     clock,
     duration,
@@ -32,9 +33,9 @@ Json = Mapping[str, Any]
 @click.pass_obj
 def list_(socket: str, as_json: bool) -> None:
     """List the connected clients, each with its session."""
-    with link.connect(socket) as client:
-        clients = client.call("CLIENTS").fields["clients"]
-        known = {one["id"]: one for one in client.call("SESSIONS").fields["sessions"]}
+    with reach.connect(socket) as client:
+        clients = every(client.call, "CLIENTS", "clients")
+        known = {one["id"]: one for one in every(client.call, "SESSIONS", "sessions")}
     rows = [{**one, "session": known.get(one["session"])} for one in clients]
     if as_json:
         print_json({"clients": rows})
@@ -64,11 +65,12 @@ def holds(session: Json) -> str:
 @click.pass_obj
 def clients(socket: str, as_json: bool) -> None:
     """List the connections that speak for a client."""
-    reply = link.ask(socket, "CLIENTS")
+    with reach.connect(socket) as client:
+        found = every(client.call, "CLIENTS", "clients")
     if as_json:
-        print_json(reply)
+        print_json({"clients": found})
         return
-    if not reply["clients"]:
+    if not found:
         click.echo("No client is connected.")
         return
     table(
@@ -76,7 +78,7 @@ def clients(socket: str, as_json: bool) -> None:
         (
             (one["id"], one["uid"], one["pid"], one["session"] or "-", one["state"] or "-",
              " ".join(one["features"]) or "plain", duration(one["connected_s"]))
-            for one in reply["clients"]
+            for one in found
         ),
         right=("uid", "pid"),
     )  # fmt: skip
@@ -90,7 +92,7 @@ def status(socket: str, as_json: bool) -> None:
 
     Exit code 3 when luod runs and the kernel offers no live update.
     """
-    reply = link.ask(socket, "STATUS")
+    reply = reach.ask(socket, "STATUS")
     if as_json:
         print_json(reply)
     else:
@@ -147,11 +149,12 @@ def course(update: Json) -> str:
 @click.pass_obj
 def sessions(socket: str, as_json: bool) -> None:
     """List all sessions that the journal knows, ended ones too."""
-    reply = link.ask(socket, "SESSIONS")
+    with reach.connect(socket) as client:
+        found = every(client.call, "SESSIONS", "sessions")
     if as_json:
-        print_json(reply)
+        print_json({"sessions": found})
     else:
-        session_table(reply["sessions"])
+        session_table(found)
 
 
 def session_table(rows: list[dict[str, Any]]) -> None:
@@ -193,7 +196,7 @@ def doubts(one: Json) -> list[str]:
 @click.pass_obj
 def session(socket: str, id: str, as_json: bool) -> None:
     """Show one session. ID is a session's (vm1.1) or a client's (vm1: its newest session)."""
-    reply = link.ask(socket, "SESSION", id=id)
+    reply = reach.ask(socket, "SESSION", id=id)
     if as_json:
         print_json(reply)
     else:

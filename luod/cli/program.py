@@ -19,7 +19,7 @@ import click
 
 from .. import __version__
 from ..states.errors import LuodError
-from .output import clean, print_json
+from .printing import clean, print_json
 
 DEFAULT_SOCKET = "/run/luod/liveupdate.sock"
 USAGE, UNREACHABLE, INTERRUPTED, PIPE_CLOSED = 2, 3, 130, 141
@@ -203,7 +203,14 @@ def exit_code_of(error: LuodError) -> int:
 def report(error: LuodError, as_json: bool) -> int:
     """Tell about an error and return the exit code."""
     if as_json:
-        print_json({"error": {"code": code_of(error), "message": error.message, "hint": error.hint}})
+        body = {"code": code_of(error), "message": error.message, "hint": error.hint}
+        if number := getattr(error, "errno", None):
+            import errno
+
+            body["errno"] = (
+                errno.errorcode.get(number, str(number)) if isinstance(number, int) else str(number)
+            )
+        print_json({"error": body})
     else:
         click.echo(f"luoctl: {clean(error.message)}", err=True)
         if error.hint:

@@ -12,7 +12,7 @@ from ..engine.book import Book
 from ..journal.record import Record
 from ..views import session_json, update_json
 from .look import course, session_table, show_effects
-from .output import clean, number, tinted, wrapped
+from .printing import clean, number, tinted, wrapped
 
 Json = dict[str, Any]
 

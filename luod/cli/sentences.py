@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .output import listed, number, size
+from .printing import listed, number, size
 
 Body = Mapping[str, Any]
 Rec = Mapping[str, Any]

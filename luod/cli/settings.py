@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from .output import json_option, print_json
+from .printing import json_option, print_json
 
 
 @click.command("check-config")

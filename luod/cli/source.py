@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..journal.record import Record
-from . import link
+from . import reach
 
 if TYPE_CHECKING:
     from ..journal.audit import Report
@@ -37,7 +37,7 @@ class Source(Protocol):
 class Remote:
     """The journal of a running luod, as far as the caller may see it."""
 
-    def __init__(self, client: link.Client) -> None:
+    def __init__(self, client: reach.Client) -> None:
         self.name = "luod"
         self._client = client
 
@@ -76,7 +76,7 @@ def open_source(socket: str, path: Path | None) -> Iterator[Source]:
     Raises `TransportError`, or `JournalMissing`, `NotAJournal`, `NewerSchema` and `JournalError`.
     """
     if path is None:
-        with link.connect(socket) as client:
+        with reach.connect(socket) as client:
             yield Remote(client)
         return
     with open_file(path) as found:
@@ -103,7 +103,7 @@ def locate(socket: str, path: Path | None) -> Path:
     """Return `path`, or where the luod behind `socket` keeps its journal: some things need the file itself."""
     if path is not None:
         return path
-    return Path(str(link.ask(socket, "STATUS")["journal"]["path"]))
+    return Path(str(reach.ask(socket, "STATUS")["journal"]["path"]))
 
 
 def record_of(one: Json) -> Record:
@@ -111,10 +111,8 @@ def record_of(one: Json) -> Record:
     import msgspec
 
     body = one["body"]
-    if isinstance(body, dict) and set(body) == {"undecodable"}:
-        raw = bytes.fromhex(body["undecodable"])
-    else:
-        raw = msgspec.json.encode(body)
+    broken = isinstance(body, dict) and set(body) == {"undecodable"}
+    raw = bytes.fromhex(body["undecodable"]) if broken else msgspec.json.encode(body)
     return Record(
         one["id"], one["stream"], one["seq"], one["type"], one["wall_ns"], one["boot_ns"], one["boot_id"],
         one["run_id"], one["cause"], raw, b"",

@@ -20,7 +20,7 @@ from ..states.names import update_id
 from ..states.table import SESSION, UPDATE
 from ..views import record_json
 from . import sentences
-from .output import clean, clock, day, tinted, wrapped
+from .printing import clean, clock, day, tinted, wrapped
 
 Json = dict[str, Any]
 END_EVENTS = frozenset({
