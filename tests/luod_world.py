@@ -26,7 +26,7 @@ from luod.adapters import memfd
 from luod.adapters.emulator.images import stub_image
 from luod.adapters.emulator.process import Emulator
 from luod.adapters.kernel import open_kernel
-from luod.client import Client, ClientError
+from luod.client import Client, ClientError, Timeout
 
 PATIENCE_S = 30.0
 CMDLINE = "kho=on liveupdate=on"
@@ -351,6 +351,33 @@ class _Strings:
         reply = self._link().call(cmd, **fields)
         self._take(reply.fds)
         return reply.fields
+
+    def post(self, cmd: str, **fields: Any) -> None:
+        """Send a command whose reply may never come, because the kernel goes first."""
+        self._link()
+        assert self.link is not None
+        with contextlib.suppress(Timeout):
+            self.link.call(cmd, timeout=0, **fields)
+
+    def flood(self, count: int) -> int:
+        """Connect many times at once; return how many of them luod ended by itself."""
+        sockets = []
+        try:
+            for _ in range(count):
+                sockets.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                sockets[-1].settimeout(PATIENCE_S)
+                sockets[-1].connect(str(self.world.socket))
+            ended = 0
+            for sock in sockets:
+                try:
+                    sock.sendall(b'{"cmd":"PING","seq":1}\n')
+                    ended += b'"ERROR"' in sock.recv(4096)
+                except (BrokenPipeError, ConnectionResetError):
+                    ended += 1
+            return ended
+        finally:
+            for sock in sockets:
+                sock.close()
 
     def adopt(self, client: str) -> dict[str, Any]:
         return self._link().adopt(client, self.session).fields
