@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from ..client import Client
 from ..conversation import Timeout, TransportError
 from ..states.errors import LuodError
 from ..views import every
@@ -204,7 +205,7 @@ def abort(socket: str, id: str | None, reason: str, timeout: float, as_json: boo
         no()
 
 
-def _ended(client: reach.Client, streams: list[str]) -> set[str]:
+def _ended(client: Client, streams: list[str]) -> set[str]:
     """Return those of the streams that have ended: what ends between the question and the answer is not missed."""
     ended = {one["id"] for one in every(client.call, "SESSIONS", "sessions") if one["state"] == "aborted"}
     update = newest(client)

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from ..client import Client
 from ..conversation import ConnectionLost, Timeout, TransportError
 from ..states.errors import LuodError
 from . import reach, sentences
@@ -87,7 +88,7 @@ class Progress:
             self._shown = ""
 
 
-def newest(client: reach.Client) -> Json | None:
+def newest(client: Client) -> Json | None:
     """Return the newest update."""
     update: Json | None = client.call("STATUS").fields["update"]
     return update
@@ -140,7 +141,7 @@ class Follower:
                     raise
                 self._progress.line("luod has gone; waiting for it to come back")
 
-    def _next(self, client: reach.Client, update: Json) -> None:
+    def _next(self, client: Client, update: Json) -> None:
         """Take in records until the update may have changed."""
         while True:
             left = self._deadline - time.monotonic()

@@ -137,7 +137,7 @@ def _show_text(records: Iterator[Record]) -> None:
             if name.startswith("effect.")
             else lead.replace(clean(record.stream), _bold(clean(record.stream)), 1)
         )
-        click.echo(wrapped(text, first=painted, plain_first=lead, rest=" " * 21 + "  "))
+        click.echo(wrapped(text, first=painted, plain_first=lead, rest=" " * len(lead)))
 
 
 def _dim(text: str) -> str:

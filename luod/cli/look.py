@@ -133,8 +133,9 @@ def _show_status(reply: Json) -> None:
 
 def course(update: Json) -> str:
     """Say in a few words how an update goes or went."""
-    parts = [number(len(update["sessions"]), "session")] if update["sessions"] else []
-    parts += [f"{count} {word}" for word, count in update["counts"].items() if count]
+    parts = [f"{count} {word}" for word, count in update["counts"].items() if count]
+    if update["sessions"] and not parts:
+        parts = [number(len(update["sessions"]), "session")]
     if update["dropped"]:
         parts.append(f"dropped {listed(update['dropped'])}")
     if update["paused"] and update["state"] == "preparing":

@@ -26,7 +26,7 @@ def connect(path: str, *, retry_until: float | None = None) -> Client:
     return Client.connect(path, CALL_S, retry_until=retry_until)
 
 
-def ask(path: str, command: str, *, timeout: float | None = None, **fields: object) -> dict[str, Any]:
+def ask(path: str, command: str, *, timeout: float | None = None, **fields: Any) -> dict[str, Any]:
     """Ask one question; the answer may take `timeout` seconds. Raises `TransportError` and `ClientError`."""
     with connect(path) as client:
         return client.call(command, timeout=timeout, **fields).fields

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ..client import Client
 from ..journal.record import Record
 from . import reach
 
@@ -37,7 +38,7 @@ class Source(Protocol):
 class Remote:
     """The journal of a running luod, as far as the caller may see it."""
 
-    def __init__(self, client: reach.Client) -> None:
+    def __init__(self, client: Client) -> None:
         self.name = "luod"
         self._client = client
 

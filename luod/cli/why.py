@@ -78,9 +78,10 @@ class Story:
     def chain(self, record: Json) -> list[Json]:
         """Return what led to a record, nearest first, as long as it is known."""
         found: list[Json] = []
-        at: Json | None = record
-        while (at := self.cause(at)) is not None and len(found) < MAX_CHAIN and at not in found:
+        at = self.cause(record)
+        while at is not None and at not in found and len(found) < MAX_CHAIN:
             found.append(at)
+            at = self.cause(at)
         return found
 
     def members(self, update: str) -> set[str]:
