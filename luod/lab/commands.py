@@ -21,7 +21,7 @@ import click
 
 from .build import DEFAULT_VERSION, build_kernel
 from .errors import LabRunFailed, LabUnavailable
-from .images import KERNELS_VARIABLE, KernelImage, available, find_image, kernels_directory
+from .images import KERNELS_VARIABLE, KernelImage, available, choose_pair, find_image, kernels_directory
 from .machine import Machine
 from .outcome import LabRun
 from .progress import reporter
@@ -142,6 +142,72 @@ def boot_command(
     if out is None:
         shutil.rmtree(result.directory)
     raise click.exceptions.Exit(int(outcome["code"]) if outcome["code"] >= 0 else 128 - int(outcome["code"]))
+
+
+@lab.command("demo")
+@click.option("--kernel", metavar="VERSION|FILE", help="Kernel to start from; otherwise the oldest there is.")
+@click.option(
+    "--next-kernel", metavar="VERSION|FILE", help="Kernel to update to; otherwise the newest there is."
+)
+@click.option(
+    "--sessions",
+    "clients",
+    type=click.IntRange(1, 64),
+    default=3,
+    show_default=True,
+    help="How many clients.",
+)
+@click.option(
+    "--size",
+    "size_mib",
+    type=click.IntRange(1, 256),
+    default=16,
+    show_default=True,
+    help="MiB of memory of each.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Keep consoles, journals and timeline here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
+def demo_command(
+    kernel: str | None, next_kernel: str | None, clients: int, size_mib: int, out: Path | None, as_json: bool
+) -> None:
+    """Update a real kernel to another with luod and its clients, and check every byte. Takes a minute or two."""
+    from .update import MIB, lab_demo
+
+    old, new = choose_pair(kernel, next_kernel)
+    place = out or Path(tempfile.mkdtemp(prefix="luod-lab-demo-"))
+    on_event = None if as_json else _tell
+    told, done = lab_demo(old, new, place, clients=clients, size=size_mib * MIB, on_event=on_event)
+    right = (
+        told["finished"] == told["sessions"] == clients and told["bytes_verified"] == clients * size_mib * MIB
+    )
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        click.echo((done.directory / "timeline.txt").read_text("utf-8"))
+        click.echo(
+            f"{told['kernel']}: {told['finished']} of {told['sessions']} sessions finished, {told['bytes_verified'] // MIB} MiB compared"
+        )
+        click.echo(f"consoles, journals and timeline are in {done.directory}")
+    raise click.exceptions.Exit(0 if right else 1)
+
+
+def _tell(event: dict[str, Any]) -> None:
+    """Print one line for what a person wants to see of a run."""
+    text = {
+        "boot": lambda: (
+            f"boot {event['boot']}: Linux {event['kernel']}"
+            + (", with a handover" if event["handover"] else "")
+        ),
+        "client": lambda: f"  {event['client']} {event['at']}",
+        "leave": lambda: "  leaving this kernel",
+        "step": lambda: (
+            f"  {event['step']} is up"
+            if event["kind"] == "start" and event["step"] in ("keeper", "luod")
+            else ""
+        ),
+    }.get(event["event"], lambda: "")()
+    if text:
+        click.echo(text, err=True)
 
 
 @lab.command("test", context_settings={"ignore_unknown_options": True})

@@ -36,8 +36,14 @@ def main(argv: list[str] | None = None) -> int:
             luod.kexec()
             while True:
                 event = luod.next_event(PATIENCE_S)
-                emit("progress", name=event.name, fields={key: str(value)[:200] for key, value in event.fields.items()})
-                if event.fields.get("type", "").startswith(("update.aborted", "update.refused", "update.failed")):
+                emit(
+                    "progress",
+                    name=event.name,
+                    fields={key: str(value)[:200] for key, value in event.fields.items()},
+                )
+                if event.fields.get("type", "").startswith(
+                    ("update.aborted", "update.refused", "update.failed")
+                ):
                     print(f"the update ended without a jump: {event.fields}", file=sys.stderr)
                     return 1
     except LuodError as error:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A client of luod in a lab guest: the demo's own client, reporting to the host of the lab.
 
-    python -m luod.lab.tenant NAME --run DIR --size BYTES --boot 1|2
+python -m luod.lab.tenant NAME --run DIR --size BYTES --boot 1|2
 """
 
 from __future__ import annotations
