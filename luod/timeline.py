@@ -7,6 +7,7 @@ its workload stopped, to RESTORED (or FINISHED, or the word to go on), when it m
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,19 +25,21 @@ class Phase(NamedTuple):
     name: str
     states: tuple[str, ...]
     mark: str
-    colour: str
+    color: str
 
 
 PHASES = (
     Phase("preserving", (S.CREATED, S.PRESERVED), "░", "36"),
     Phase("frozen", (S.READY,), "▒", "33"),
     Phase("kexec", (S.REBOOTING,), "█", "31"),
+    Phase("unclaimed", (), "▄", "31"),
     Phase("retrieved", (S.RETRIEVED,), "▓", "35"),
     Phase("running", (S.RESTORED, S.FINISHED), "━", "32"),
 )
-STOPPED = ("frozen", "kexec", "retrieved")
+STOPPED = ("frozen", "kexec", "unclaimed", "retrieved")
 BAD = (S.ABORTED, S.LOST, S.FAILED, S.EXPIRED)
 MAX_BARS = 16
+NOTHING = "no update in this journal\n"
 UPDATE_WORDS = {U.REBOOTING: "kexec"}
 
 
@@ -104,7 +107,9 @@ def _course(update: Update, marks: Marks, sessions: Sequence[tuple[Session, Mark
     moments = [at for at, _ in marks]
     moments += [at for _, each in sessions for at, state in each if state != S.NEW]
     start, end = min(moments), max(moments)
-    lines = tuple(_line(session, each, start, end) for session, each in sessions)
+    back = next((at for at, state in marks if state == U.RECOVERING), end)
+    ordered = sorted(sessions, key=lambda pair: _natural(pair[0].id))
+    lines = tuple(_line(session, each, start, end, back) for session, each in ordered)
     stops = [span for line in lines if line.blackout_ms is not None for span in _last_stop(line)]
     black = max(one.at_ms + one.ms for one in stops) - min(one.at_ms for one in stops) if stops else None
     return Course(
@@ -127,12 +132,24 @@ def _update_spans(marks: Marks, start: int, end: int) -> tuple[Span, ...]:
     )
 
 
-def _line(session: Session, marks: Marks, start: int, end: int) -> Line:
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return what sorts vm10 behind vm9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _line(session: Session, marks: Marks, start: int, end: int, back: int) -> Line:
+    """Return a session's line; `back` is when luod was there again in the new kernel, which ends what the kexec itself took."""
     spans: list[Span] = []
     ends = [at for at, _ in marks[1:]] + [end]
     for (at, state), until in zip(marks, ends, strict=True):
         name = next((phase.name for phase in PHASES if state in phase.states), "")
         if not name:
+            continue
+        if name == "kexec" and at < back < until:
+            spans += [
+                Span(name, _ms(at - start), _ms(back - at)),
+                Span("unclaimed", _ms(back - start), _ms(until - back)),
+            ]
             continue
         if spans and spans[-1].name == name:
             spans[-1] = Span(name, spans[-1].at_ms, round(spans[-1].ms + _ms(until - at), 3))
@@ -163,20 +180,33 @@ def _last_stop(line: Line) -> list[Span]:
 
 
 def draw(
-    course: Course, *, width: int = 80, colour: bool = False, everything: bool = False, note: str = ""
+    records: Iterable[Row],
+    *,
+    width: int = 80,
+    color: bool = False,
+    update: str = "",
+    everything: bool = False,
 ) -> str:
+    """Draw one update of a journal (default: its last), see `draw_course`."""
+    found = Story(records).course(update)
+    return (
+        draw_course(found, width=width, color=color, everything=everything) if found is not None else NOTHING
+    )
+
+
+def draw_course(course: Course, *, width: int = 80, color: bool = False, everything: bool = False) -> str:
     """Draw a course, at most `width` columns wide (at least 60). Returns text that ends in a newline.
 
     With more than `MAX_BARS` sessions only some have a bar, unless `everything`: those that ended badly, and the rest from the
     shortest blackout to the longest at even distances.
     """
-    return _Picture(course, max(width, 60), colour, everything).text()
+    return _Picture(course, max(width, 60), color, everything).text()
 
 
 class _Picture:
-    def __init__(self, course: Course, width: int, colour: bool, everything: bool) -> None:
+    def __init__(self, course: Course, width: int, color: bool, everything: bool) -> None:
         self.course = course
-        self.colour = colour
+        self.color = color
         self.everything = everything
         names = [len(line.id) for line in course.sessions]
         self.label = min(max([*names, len(course.update)]), max(width // 4, 12))
@@ -201,7 +231,7 @@ class _Picture:
             lines.append(self._row(line.id, self._bar(line), self._beside(line)))
         if len(shown) < len(course.sessions):
             lines.append(self._row("...", f"and {len(course.sessions) - len(shown)} more in between", ""))
-        lines += ["", "  ".join(f"{self._paint(one.mark * 2, one.colour)} {one.name}" for one in PHASES)]
+        lines += ["", "  ".join(f"{self._paint(one.mark * 2, one.color)} {one.name}" for one in PHASES)]
         lines += self._summary()
         return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -211,7 +241,7 @@ class _Picture:
         return f"{label:<{self.label}} {middle} {note:>{self.note - 1}}"
 
     def _paint(self, text: str, code: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colour and code else text
+        return f"\x1b[{code}m{text}\x1b[0m" if self.color and code else text
 
     def _cell(self, ms: float) -> int:
         return min(int(ms * self.scale), self.room - 1)
@@ -248,16 +278,16 @@ class _Picture:
             phase = next(one for one in PHASES if one.name == span.name)
             first = self._cell(span.at_ms)
             for cell in range(first, max(first + 1, self._cell(span.at_ms + span.ms))):
-                cells[cell] = (phase.mark, phase.colour)
+                cells[cell] = (phase.mark, phase.color)
         if line.state in BAD:
             last = max((self._cell(span.at_ms + span.ms) for span in line.spans), default=0)
             cells[last] = ("x", "1;31" if line.state != S.ABORTED else "1")
         elif line.state == S.FINISHED:
             last = self._cell(line.spans[-1].at_ms + line.spans[-1].ms)
-            cells[last] = (PHASES[-1].mark, PHASES[-1].colour)
+            cells[last] = (PHASES[-1].mark, PHASES[-1].color)
         out, before = "", ""
         for mark, code in cells:
-            if self.colour and code != before:
+            if self.color and code != before:
                 out += ("\x1b[0m" if before else "") + (f"\x1b[{code}m" if code else "")
                 before = code
             out += mark
@@ -271,8 +301,8 @@ class _Picture:
     def _summary(self) -> list[str]:
         course = self.course
         if course.phases:
-            yielded = ", ".join(f"{span.name} {_span(span.ms)}" for span in course.phases)
-            lines = [f"update:   {yielded}"]
+            parts = ", ".join(f"{span.name} {_span(span.ms)}" for span in course.phases)
+            lines = [f"update:   {parts}"]
         else:
             lines = []
         times = sorted(line.blackout_ms for line in course.sessions if line.blackout_ms is not None)
@@ -357,4 +387,4 @@ def blackout(sessions: Iterable[Session]) -> Blackout | None:
 def draw_book(book: Book, *, width: int = 80, color: bool = False, update: str = "") -> str:
     """Draw one update of a book (default: the last)."""
     found = of_book(book, update)
-    return draw(found, width=width, colour=color) if found is not None else "no update in this journal\n"
+    return draw_course(found, width=width, color=color) if found is not None else NOTHING
