@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The picture of an update, from journal records alone: one bar a session, and what the blackout was made of.
 
-The time axis is the wall clock, because the boot clock begins again with every kernel. A session is in the blackout from READY, when
-its workload stopped, to RESTORED (or FINISHED, or the word to go on), when it may run again.
+Within a boot times come from the boot clock; the wall clock only says how far the boots are apart, because the boot clock begins again
+with every kernel. A session is in the blackout from READY, when its workload stopped, to RESTORED (or FINISHED, or the word to go on),
+when it may run again.
 """
 
 from __future__ import annotations
@@ -77,12 +78,29 @@ class Course(msgspec.Struct, frozen=True):
 Marks = list[tuple[int, str]]
 
 
+class Clock:
+    """One time axis over all boots, in nanoseconds, that never runs backwards from one boot to the next."""
+
+    def __init__(self) -> None:
+        self._latest = 0
+        self._anchors: dict[str, int] = {}
+
+    def at(self, boot_id: str, wall_ns: int, boot_ns: int) -> int:
+        """Return the place of a moment; call it in the order of the journal."""
+        if boot_id not in self._anchors:
+            self._anchors[boot_id] = max(wall_ns, self._latest) - boot_ns
+        now = self._anchors[boot_id] + boot_ns
+        self._latest = max(self._latest, now)
+        return now
+
+
 class Story:
     """A book that also remembers every change of state, not only the last entry into each."""
 
     def __init__(self, records: Iterable[Row] = ()) -> None:
         self.book = Book()
         self.marks: dict[str, Marks] = {}
+        self._clock = Clock()
         for record in records:
             self.apply(record)
 
@@ -90,8 +108,9 @@ class Story:
         """Take one record in."""
         old = self.book.streams.get(record.stream)
         new = self.book.apply(record)
+        at = self._clock.at(record.boot_id, record.wall_ns, record.boot_ns)
         if old is None or new.state != old.state:
-            self.marks.setdefault(record.stream, []).append((record.wall_ns, str(new.state)))
+            self.marks.setdefault(record.stream, []).append((at, str(new.state)))
 
     def course(self, update: str = "") -> Course | None:
         """Return the course of one update (default: the last), or None when there is none."""
@@ -362,8 +381,12 @@ def of_book(book: Book, update: str = "") -> Course | None:
     """Return the course of an update from a book; of a state that was entered twice only the last time is known."""
     story = Story()
     story.book = book
-    for stream, record in book.streams.items():
-        story.marks[stream] = sorted((at.wall_ns, state) for state, at in record.entered.items())
+    clock = Clock()
+    entered = [
+        (at, stream, state) for stream, record in book.streams.items() for state, at in record.entered.items()
+    ]
+    for at, stream, state in sorted(entered, key=lambda one: one[0].id):
+        story.marks.setdefault(stream, []).append((clock.at(at.boot_id, at.wall_ns, at.boot_ns), state))
     return story.course(update)
 
 
