@@ -184,8 +184,9 @@ def demo_command(
         click.echo(json.dumps(told))
     else:
         click.echo((done.directory / "timeline.txt").read_text("utf-8"))
+        compared = f"{told['bytes_verified'] // MIB} MiB compared"
         click.echo(
-            f"{told['kernel']}: {told['finished']} of {told['sessions']} sessions finished, {told['bytes_verified'] // MIB} MiB compared"
+            f"{told['kernel']}: {told['finished']} of {told['sessions']} sessions finished, {compared}"
         )
         click.echo(f"consoles, journals and timeline are in {done.directory}")
     raise click.exceptions.Exit(0 if right else 1)
@@ -193,21 +194,18 @@ def demo_command(
 
 def _tell(event: dict[str, Any]) -> None:
     """Print one line for what a person wants to see of a run."""
-    text = {
-        "boot": lambda: (
-            f"boot {event['boot']}: Linux {event['kernel']}"
-            + (", with a handover" if event["handover"] else "")
-        ),
-        "client": lambda: f"  {event['client']} {event['at']}",
-        "leave": lambda: "  leaving this kernel",
-        "step": lambda: (
-            f"  {event['step']} is up"
-            if event["kind"] == "start" and event["step"] in ("keeper", "luod")
-            else ""
-        ),
-    }.get(event["event"], lambda: "")()
-    if text:
-        click.echo(text, err=True)
+    match event["event"]:
+        case "boot":
+            handover = ", with a handover" if event["handover"] else ""
+            click.echo(f"boot {event['boot']}: Linux {event['kernel']}{handover}", err=True)
+        case "client":
+            click.echo(f"  {event['client']} {event['at']}", err=True)
+        case "leave":
+            click.echo("  the update is ordered", err=True)
+        case "step" if event["step"] in ("keeper", "luod"):
+            click.echo(f"  {event['step']} is up", err=True)
+        case _:
+            pass
 
 
 @lab.command("test", context_settings={"ignore_unknown_options": True})
