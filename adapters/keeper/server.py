@@ -116,13 +116,17 @@ class Keeper:
         insisted = now - self._asked_at <= INSIST_S
         self._asked_at = now
         if insisted or not (self._store or self._waiting):
-            self._stopping = True
-            self._wake()
+            self.stop()
         else:
             _say(
                 f"luod-keeper: {len(self._store)} fds are held, so {signal.Signals(signum).name} does not end this process; "
                 f"send it twice within {INSIST_S:g} s to lose them"
             )
+
+    def stop(self) -> None:
+        """Let `serve` return; may be called from any thread."""
+        self._stopping = True
+        self._wake()
 
     def _wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # a full pipe wakes as well
