@@ -164,7 +164,7 @@ def test_tokens_have_one_spelling() -> None:
 
 @pytest.mark.parametrize(
     ("typo", "meant"),
-    [("SUSCRIBE", "SUBSCRIBE"), ("subscribe", "SUBSCRIBE"), ("REDY", "READY"), ("STATE", "STATUS")],
+    [("SUB_SCRIBE", "SUBSCRIBE"), ("subscribe", "SUBSCRIBE"), ("READ_Y", "READY"), ("STATE", "STATUS")],
 )
 def test_near_names(typo: str, meant: str) -> None:
     error = refused(cmd=typo)
