@@ -14,6 +14,7 @@ Files in `EXTERNAL` are not on the disk: they stand for the kernel and for clien
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -74,7 +75,8 @@ def build_shim(directory: Path) -> Path:
 def sweep(shim: Path, directory: Path, kind: str, workload: str, **options: Any) -> Result:
     """Run one sweep (`kill`, `again`, `power`, `sync`, `space`) of `module:Class` and return its result.
 
-    `every`, `again_every` and `subsets` set how densely it samples; the rest goes to the workload's constructor.
+    `every`, `again_every` and `subsets` set how densely it samples; `until` ends it at the first failure with this text; the rest goes to
+    the workload's constructor.
     """
     request = {"kind": kind, "workload": workload, "directory": str(directory), "options": options}
     done = subprocess.run(
@@ -99,12 +101,17 @@ def sweep(shim: Path, directory: Path, kind: str, workload: str, **options: Any)
 # -- in the process with the shim
 
 
+class Seen(Exception):
+    """The failure that a mutant must show was shown."""
+
+
 class Sweeper:
     def __init__(self, directory: Path, workload: str, options: dict[str, Any]) -> None:
         module, name = workload.split(":")
         self.every: int = options.pop("every", 1)
         self.again_every: int = options.pop("again_every", 1)
         self.subsets: int = options.pop("subsets", 3)
+        self.until: str = options.pop("until", "")
         self.make = lambda: getattr(importlib.import_module(module), name)(**options)
         self.make()  # imports what children need
         self.place = directory / "place"
@@ -120,6 +127,7 @@ class Sweeper:
         self.result = Result()
         gc.collect()
         gc.freeze()
+        gc.disable()  # a collection in a child would copy every page that it shares with this process
 
     def empty(self) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
@@ -167,6 +175,8 @@ class Sweeper:
         if status or self.found:
             problem = f"{where}: {'; '.join(map(str, self.found)) or f'recovery ended with status {status}'}"
             self.result.failures.append(problem)
+            if self.until and self.until in problem:
+                raise Seen
 
     def kill(self) -> None:
         for at in range(1, self.reference() + 1, self.every):
@@ -341,7 +351,8 @@ def main() -> None:
     request = json.loads(sys.argv[1])
     sweeper = Sweeper(Path(request["directory"]), request["workload"], request["options"])
     start = time.monotonic()
-    getattr(sweeper, request["kind"])()
+    with contextlib.suppress(Seen):
+        getattr(sweeper, request["kind"])()
     sweeper.result.seconds = round(time.monotonic() - start, 3)
     print(json.dumps(asdict(sweeper.result)))
 

@@ -77,7 +77,9 @@ def flips(data: bytes, stride: int, seed: int) -> list[tuple[int, bytes]]:
     return images
 
 
-def silently_wrong(directory: Path, image: Image, part: str, stride: int) -> tuple[list[str], int]:
+def silently_wrong(
+    directory: Path, image: Image, part: str, stride: int, *, stop_at_first: bool = False
+) -> tuple[list[str], int]:
     """Flip a bit in every `stride`th byte; return the places where something is wrong and not told, and how many were told."""
     wrong, told = [], 0
     originals = set(image.records)
@@ -90,6 +92,8 @@ def silently_wrong(directory: Path, image: Image, part: str, stride: int) -> tup
             wrong.append(f"byte {at}: {len(records)} rows of {len(image.records)} and no word")
         if not {record for record in records if record.id not in doubtful} <= originals:
             wrong.append(f"byte {at}: a changed row passed as sound")
+        if stop_at_first and wrong:
+            break
     return wrong, told
 
 
@@ -120,7 +124,7 @@ def test_the_sweep_sees_that_a_checksum_of_the_body_is_not_enough(rooms, monkeyp
     monkeypatch.setattr(record_module, "payload", narrow)
     monkeypatch.setattr(writer_module, "payload", narrow)
     image = make(rooms[0], 12, log=False)
-    wrong, _ = silently_wrong(rooms[1], image, "database", 11)
+    wrong, _ = silently_wrong(rooms[1], image, "database", 11, stop_at_first=True)
     assert any("a changed row passed as sound" in line for line in wrong)
 
 
