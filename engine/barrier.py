@@ -56,7 +56,8 @@ def judge(
     `is_gone` says whether the process that must still act for a session has died.
     """
     drop: list[Trouble] = []
-    abort, wake, waiting, going = "", deadline, False, []
+    going: list[str] = []
+    abort, wake, waiting = "", deadline, False
     for session in sessions:
         own = since + session.deadline_s if session.deadline_s > 0 else deadline
         why = ""

@@ -88,6 +88,7 @@ class Engine:
             return await self._write([Entry(stream, event, cause) for stream, event in events])
 
     async def _write(self, entries: Sequence[Entry]) -> list[Record]:
+        records: list[Record] = []
         with anyio.CancelScope(shield=True):
             records = await asyncio.wrap_future(self.log.submit(entries))
         for record in records:

@@ -43,10 +43,14 @@ async def agent(state: Path, source: Path, target: Path) -> None:
             await engine.record(("disk.1", SessionCreated("update/1", "luod.disk.1")))
         files = sorted(path for path in source.iterdir() if path.is_file())
         copies = [
-            Intent("disk.1", f"disk.1/copy/{one.name}", "copy", {"from": str(one), "to": str(target / one.name)})
+            Intent(
+                "disk.1", f"disk.1/copy/{one.name}", "copy", {"from": str(one), "to": str(target / one.name)}
+            )
             for one in files
         ]
-        outcomes = await engine.perform(*copies)  # one fsync of intents, all copies at once, one fsync of outcomes
+        outcomes = await engine.perform(
+            *copies
+        )  # one fsync of intents, all copies at once, one fsync of outcomes
         if all(one.status == "done" for one in outcomes) and engine.book.streams["disk.1"].state == "created":
             await engine.record(("disk.1", SessionPreserved()))
         print(f"disk.1 is {engine.book.streams['disk.1'].state}, {len(outcomes)} files copied")

@@ -15,7 +15,7 @@ import signal
 import sys
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import anyio
 
@@ -101,7 +101,9 @@ def first_of(group: BaseExceptionGroup[BaseException]) -> LuodError | None:
     """Return the error that a person can act on, if all that is in the group are such errors."""
     found: LuodError | None = None
     for error in group.exceptions:
-        inner = first_of(error) if isinstance(error, BaseExceptionGroup) else error
+        inner: BaseException | None = error
+        if isinstance(error, BaseExceptionGroup):
+            inner = first_of(cast("BaseExceptionGroup[BaseException]", error))
         if not isinstance(inner, LuodError):
             return None
         found = found or inner
@@ -161,9 +163,9 @@ async def _serve(luod: Luod, run_directory: RunDirectory, args: argparse.Namespa
     log.info("serving %s, journal %s", luod.config.socket_path, luod.config.journal_path)
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         async for number in signals:
-            log.info("ending on %s", signal.Signals(number).name)
+            log.info("ending on %s", number.name)
+            await luod.engine.record(("luod", ev.DaemonStopped(number.name)))
             break
-    await luod.engine.record(("luod", ev.DaemonStopped(signal.Signals(number).name)))
     group.cancel_scope.cancel()
 
 

@@ -63,9 +63,9 @@ class Admin:
         rows, head = self.luod.journal.head()
         updates = self.engine.book.updates()
         visible = self._visible(connection)
-        ids = {one.id for one in visible} | (
-            {"luod"} | {one.id for one in updates} if self.desk.is_admin(connection.peer.uid) else set()
-        )
+        ids = {one.id for one in visible}
+        if self.desk.is_admin(connection.peer.uid):
+            ids |= {"luod", *(one.id for one in updates)}
         return {
             "version": __version__,
             "pid": os.getpid(),
@@ -98,7 +98,7 @@ class Admin:
 
     async def clients(self, connection: Connection, after: str) -> Reply:
         """Return the connected clients that the caller may see, paged like the sessions."""
-        rows = []
+        rows: list[Reply] = []
         for one in self.luod.connections:
             if one.peer.uid != connection.peer.uid and not self.desk.is_admin(connection.peer.uid):
                 continue

@@ -281,7 +281,7 @@ class Director:
 
     async def hand(self, *sessions: str) -> None:
         """Send START_PRESERVATION with the session fd. A client that has gone is the barrier's business."""
-        intents = []
+        intents: list[Intent] = []
         for session in sessions:
             record = self._session(session)
             self.luod.tell(

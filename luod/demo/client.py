@@ -32,7 +32,9 @@ class DemoClient:
         self.kernel = kernel
         self.pipe = pipe
         self.sizes = (size // 2, size - size // 2)
+        self.session = ""
         self.session_fd = -1
+        self._undone = False
         self._path = socket_path
         self._deadline = time.monotonic() + PATIENCE_S
         self.link = self._connect()
@@ -61,13 +63,13 @@ class DemoClient:
     def first_boot(self) -> int:
         """Take part in the update; return after an abort. The kexec ends this process."""
         memory: list[tuple[int, mmap.mmap]] = []
-        sums = []
+        sums: list[str] = []
         for index, size in enumerate(self.sizes):
             fd = memfd.create(f"ram{index}", size)
             mapped = mmap.mmap(fd, size, mmap.MAP_SHARED)
             sums.append(pattern.fill(mapped, self._seed(index)))
             memory.append((fd, mapped))
-        resources = [
+        resources: list[dict[str, object]] = [
             {
                 "token": f"{token:#x}", "kind": "memfd", "size": size, "label": f"ram{index}", "checksum": sums[index],
                 "plan": [{"step": "retrieve"}, {"step": "verify"}],
@@ -86,12 +88,15 @@ class DemoClient:
         return 0
 
     def _serve(self, memory: list[tuple[int, mmap.mmap]], resources: list[dict[str, object]]) -> None:
-        try:
-            self.link.subscribe(self.name)
-        except ClientError as error:
-            if error.code in ("ENDED", "OUT_OF_ORDER"):
-                return
-            raise
+        if self._undone:
+            return  # luod died between its ABORT and our answer; whoever comes next finds the session closed
+        session = str(self.link.subscribe(self.name)["session"])
+        if self.session not in ("", session):
+            self._hold(
+                -1
+            )  # while nobody was there to say ABORT our session was undone, and this is another attempt
+            return
+        self.session = session
         self.report("subscribed")
         while True:
             event = self.link.next_event(PATIENCE_S)
@@ -109,6 +114,7 @@ class DemoClient:
                     self.link.ready(self.name)
                     self.report("ready")
                 case "ABORT":
+                    self._undone = True
                     self._hold(-1)
                     self.link.aborted(self.name)
                     return

@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import click
+from msgspec.structs import replace
 
-from ..timeline import blackout, draw_book
+from ..cli.printing import WIDE, colored, width
+from ..journal.replay import Replay
+from ..timeline import Course, Story, draw_course
 from .host import Host, Outcome, Setting, discard, journal_of, workspace
 from .invariants import problems
-from .sweep import Verdict, all_settings, sweep
+from .sweep import Verdict, all_settings, sweep, title
 
 SWEEP_SESSIONS = 2
 SWEEP_BYTES = 64 << 10
@@ -49,21 +51,40 @@ def demo(
         size=int(mib * (1 << 20)) if mib else (SWEEP_BYTES if crash else 16 << 20),
     )
     base = keep if keep is not None else workspace()
+    if keep is not None and keep.exists() and any(keep.iterdir()):
+        raise click.UsageError(f"{keep} is not empty; --keep needs a new directory")
     base.mkdir(parents=True, exist_ok=True)
     code = 1
     try:
         if crash in ("all", "list"):
             code = _sweep(base, setting, jobs, as_json, only_list=crash == "list")
         else:
-            code = _single(base, setting, crash or "", as_json)
+            code = _single(base, at_point(setting, crash or ""), as_json, kept=keep is not None)
+    except (KeyboardInterrupt, click.Abort):
+        code = 0  # nothing went wrong that would be worth keeping
+        raise
     finally:
         if keep is None and code == 0:
             discard(base)
     raise SystemExit(code)
 
 
+def at_point(setting: Setting, point: str) -> Setting:
+    """Return the setting in which luod dies at a point, written `key:stage` or, for one of the two boots, `boot:key:stage`."""
+    boot, _, name = point.partition(":")
+    if boot in ("1", "2"):
+        return replace(setting, kill_at=name, boot=int(boot))
+    return replace(setting, kill_at=point)
+
+
+def course_of(base: Path) -> Course | None:
+    """Return the course of a run's update, from its journal."""
+    with Replay(journal_of(base)) as replay:
+        return Story(replay).course()
+
+
 def result(
-    outcome: Outcome, journal: Path | None, black: float | None, points: int, recoveries: int
+    outcome: Outcome, journal: Path | None, course: Course | None, points: int, recoveries: int
 ) -> dict[str, Any]:
     """Return the object that every demo prints, with and without a real kernel."""
     states = [one["state"] for one in outcome.sessions]
@@ -76,76 +97,87 @@ def result(
         "bytes_verified": outcome.bytes_verified,
         "crash_points": points,
         "recoveries": recoveries,
-        "blackout_ms": round(black, 1) if black is not None else None,
+        "blackout_ms": round(course.blackout_ms, 1) if course and course.blackout_ms is not None else None,
         "journal": str(journal) if journal else None,
     }
 
 
-def _single(base: Path, setting: Setting, point: str, as_json: bool) -> int:
-    from msgspec.structs import replace
+def _say(text: str) -> None:
+    click.echo(f"  {text}", err=True)
 
-    from ..engine.book import Book
-    from ..journal.replay import Replay
 
-    say = (lambda _: None) if as_json else (lambda text: click.echo(f"  {text}", err=True))
-    host = Host(base, replace(setting, kill_at=point), say)
+def _quiet(_text: str) -> None:
+    """Say nothing: only JSON is wanted."""
+
+
+def _single(base: Path, setting: Setting, as_json: bool, *, kept: bool) -> int:
+    def say(text: str) -> None:
+        if not as_json:
+            click.echo(f"  {text}", err=True)
+
+    host = Host(base, setting, _quiet if as_json else _say)
     try:
         outcome = host.run()
     finally:
         host.stop()
     found = problems(outcome, setting, base)
-    if point and not outcome.restarts:
-        found.append(f"no point {point!r} was reached; `luoctl demo --crash list` shows them")
-    with Replay(journal_of(base)) as replay:
-        book = Book(replay)
-    last = book.updates()[-1]
-    black = blackout(one for one in book.sessions() if one.update == last.id)
+    if setting.kill_at and not outcome.restarts:
+        found.append(f"no point {setting.point!r} was reached; `luoctl demo --crash list` shows them")
+    course = course_of(base)
     if as_json:
-        points = len(set(outcome.points))
-        object_ = result(
-            outcome, journal_of(base), black.total_ms if black else None, points, outcome.restarts
-        )
-        if found:
-            object_["problems"] = found
+        journal = journal_of(base) if kept or found else None
+        object_ = result(outcome, journal, course, len(outcome.points), outcome.restarts)
+        object_["detail"] = {"ending": outcome.ending, "problems": found}
         click.echo(json.dumps(object_))
     else:
-        _tell(outcome, setting, draw_book(book, width=_width(), color=sys.stdout.isatty()), found, base)
+        picture = draw_course(course, width=columns(), color=colored()) if course is not None else ""
+        _tell(outcome, setting, picture, found, base, kept=kept)
     return 1 if found else 0
 
 
-def _tell(outcome: Outcome, setting: Setting, picture: str, found: list[str], base: Path) -> None:
+def columns() -> int:
+    """Return how wide the picture may be: as the terminal, within reason."""
+    return 100 if width() == WIDE else min(width(), 140)
+
+
+def _tell(
+    outcome: Outcome, setting: Setting, picture: str, found: list[str], base: Path, *, kept: bool
+) -> None:
     click.echo()
     click.echo(picture)
     if outcome.restarts:
+        times = "once" if outcome.restarts == 1 else f"{outcome.restarts} times"
         click.echo(
-            f"luod was killed and restarted {outcome.restarts} time(s); the update is {outcome.ending}"
+            f"luod was killed at {setting.point} and restarted {times}; the update is {outcome.ending}"
         )
-    mib = outcome.bytes_verified / (1 << 20)
-    where = "after the kexec" if outcome.ending == "done" else "after the abort, in the old kernel"
-    click.echo(
-        f"{mib:g} MiB in {setting.sessions} sessions compared {where}: every byte is right"
-        if not found
-        else ""
-    )
+    if not found:
+        mib = outcome.bytes_verified / (1 << 20)
+        where = "after the kexec" if outcome.ending == "done" else "after the abort, in the old kernel"
+        click.echo(f"{mib:g} MiB in {setting.sessions} sessions compared {where}: every byte is right")
     for one in found:
         click.echo(f"wrong: {one}", err=True)
-    if found:
-        click.echo(f"everything of this run is in {base}", err=True)
+    if kept or found:
+        click.echo(
+            f"everything of this run is in {base}; `luoctl journal show --journal {journal_of(base)}`",
+            err=True,
+        )
 
 
 def _sweep(base: Path, setting: Setting, jobs: int, as_json: bool, *, only_list: bool) -> int:
     clean, settings = all_settings(base, setting)
-    points = [one.kill_at + (" (kexec refused)" if one.refuse else "") for one in settings]
+    points = list(dict.fromkeys((one.point, one.refuse) for one in settings))
+    names = [title(one) for one in settings]
     if only_list:
         click.echo(
-            json.dumps(points)
+            json.dumps({"points": names})
             if as_json
-            else "\n".join(f"{n:4} {point}" for n, point in enumerate(points, 1))
+            else "\n".join(f"{n:4} {point}" for n, point in enumerate(names, 1))
         )
         return 0
     if not as_json:
         click.echo(
-            f"{len(points)} crash points in an update of {setting.sessions} sessions; luod is killed at each",
+            f"{len(points)} crash points in an update of {setting.sessions} sessions; luod is killed at each, "
+            f"in {len(settings)} runs",
             err=True,
         )
     bad: list[Verdict] = []
@@ -157,11 +189,12 @@ def _sweep(base: Path, setting: Setting, jobs: int, as_json: bool, *, only_list:
         endings[verdict.ending] = endings.get(verdict.ending, 0) + 1
         if verdict.problems:
             bad.append(verdict)
-        _progress(done, len(points), verdict, as_json)
+        _progress(done, len(settings), verdict, as_json)
     if as_json:
-        object_ = result(clean, None, None, len(points), recoveries)
+        object_ = result(clean, None, course_of(base / "clean"), len(points), recoveries)
         object_["bytes_verified"] = verified
         object_["detail"] = {
+            "runs": len(settings),
             "endings": endings,
             "failures": [
                 {"point": one.point, "problems": list(one.problems), "directory": one.directory}
@@ -186,10 +219,3 @@ def _progress(done: int, total: int, verdict: Verdict, as_json: bool) -> None:
         click.echo(f"\r[{bar:<30}] {done}/{total} {verdict.point[:40]:<40}", nl=done == total, err=True)
     elif verdict.problems or (not as_json and (done % 10 == 0 or done == total)):
         click.echo(f"{done}/{total} {verdict.point}: {state}", err=True)
-
-
-def _width() -> int:
-    try:
-        return min(os.get_terminal_size().columns, 140)
-    except OSError:
-        return 100

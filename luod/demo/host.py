@@ -50,10 +50,17 @@ class Setting(msgspec.Struct, frozen=True):
     sessions: int = 8
     size: int = 16 << 20
     kill_at: str = ""
+    boot: int = 0
+    """The boot in which luod is to die: 1 is the old kernel, 2 the new one, 0 whichever reaches the point first."""
     operator: str = "again"
     """What the operator does with an update that waits for a person: `again` or `abort`."""
     refuse: bool = False
     """Whether the kernel refuses the kexec, so that everything must be rolled back."""
+
+    @property
+    def point(self) -> str:
+        """The crash point as a person names it: `2:vm0.1/hand:after_call`."""
+        return f"{self.boot}:{self.kill_at}" if self.boot and self.kill_at else self.kill_at
 
 
 class Outcome(msgspec.Struct):
@@ -66,6 +73,8 @@ class Outcome(msgspec.Struct):
     sessions: list[dict[str, Any]] = []
     update: dict[str, Any] | None = None
     audit: list[dict[str, Any]] = []
+    held: dict[str, Any] = {}
+    """What the emulated kernel holds in the end."""
     fds_before: dict[str, list[str]] = {}
     fds_after: dict[str, list[str]] = {}
     late_records: list[str] = []
@@ -99,7 +108,6 @@ class Host:
         self.say = say
         self.run_dir = directory / "run"
         self.emulator_dir = directory / "emu"
-        self.trace = directory / "points"
         self.outcome = Outcome("unfinished")
         self.boot = 0
         self._children: dict[str, Child] = {}
@@ -138,7 +146,9 @@ class Host:
         keeper = self._start("keeper", lambda pipe: keeper_main.run([*args, "--ready-fd", str(pipe)]))
         self.control.attach(keeper.pid)
         self._ready(keeper)
-        self.start_luod(self.setting.kill_at)
+        self.start_luod(
+            self.setting.kill_at if self.setting.boot in (0, self.boot) and not self._hit() else ""
+        )
         boot_id, directory = self.boot_id, self.emulator_dir
         self._start("init", lambda _: _wait_boot(directory, boot_id))
         self.control.spare(self._children["init"].pid)
@@ -148,7 +158,7 @@ class Host:
         while True:
             args = [
                 "--kernel", "emulated", "--emulator", str(self.emulator_dir), "--run", str(self.run_dir),
-                "--state", str(self.dir / "state"), "--crash-trace", str(self.trace),
+                "--state", str(self.dir / "state"), "--crash-trace", str(self.trace(self.boot)),
             ]  # fmt: skip
             if is_volatile(self.dir):
                 args += ["--volatile"]
@@ -162,9 +172,23 @@ class Host:
                 raise self.failed("luod did not start")
             self.outcome.restarts += 1
 
+    def trace(self, boot: int) -> Path:
+        """Return the file in which luod writes the crash points that it reaches in a boot."""
+        return self.dir / f"points-{boot}"
+
+    def points(self) -> list[str]:
+        """Return the crash points reached so far, `boot:key:stage`, each once."""
+        reached = [
+            f"{boot}:{point}"
+            for boot in range(1, self.boot + 1)
+            if self.trace(boot).exists()
+            for point in self.trace(boot).read_text().splitlines()
+        ]
+        return list(dict.fromkeys(reached))
+
     def _hit(self) -> bool:
-        at = self.setting.kill_at
-        return bool(at) and self.trace.exists() and at in self.trace.read_text().splitlines()
+        at, boots = self.setting.kill_at, (self.setting.boot,) if self.setting.boot else (1, 2)
+        return bool(at) and any(f"{boot}:{at}" in self.points() for boot in boots)
 
     def start_clients(self) -> None:
         """Start the client processes of this boot."""
@@ -210,7 +234,7 @@ class Host:
 
     def failed(self, what: str) -> DemoFailed:
         """Return an error with the last lines of every log."""
-        tails = []
+        tails: list[str] = []
         for log in sorted((self.dir / "logs").iterdir()):
             lines = log.read_text(errors="replace").splitlines()[-5:]
             tails += [f"  {log.name}: {line}" for line in lines]
@@ -385,13 +409,14 @@ class Host:
             status = link.call("STATUS").fields
             self.outcome.update = status["update"]
             rows = status["journal"]["rows"]
-        self.outcome.points = self.trace.read_text().splitlines() if self.trace.exists() else []
+        self.outcome.points = self.points()
         self._children["luod"].stop()
         self.start_luod()
         with self.link() as link:
             late = link.call("JOURNAL", after=rows).fields["records"]
         self.outcome.late_records = [record["type"] for record in late]
         self.outcome.audit = self.control.audit()
+        self.outcome.held = self.control.state()
         self.outcome.ending = str(self.outcome.update["state"]) if self.outcome.update else "none"
         self._children["luod"].stop(signal.SIGTERM)
         return self.outcome

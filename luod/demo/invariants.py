@@ -13,7 +13,7 @@ import msgspec
 
 from ..engine.book import Book
 from ..journal.verify import verify
-from ..states.names import kernel_name
+from ..states.names import BLACK_BOX_SESSION, kernel_name
 from ..views import session_json
 from .host import Outcome, Setting, journal_of
 
@@ -24,6 +24,7 @@ def problems(outcome: Outcome, setting: Setting, directory: Path) -> list[str]:
         *ending(outcome, setting),
         *memory(outcome, setting),
         *kernel_and_journal_agree(outcome),
+        *nothing_left_in_the_kernel(outcome),
         *no_effect_twice(outcome),
         *no_fd_leaked(outcome),
         *recovery_is_idle(outcome),
@@ -56,12 +57,28 @@ def memory(outcome: Outcome, setting: Setting) -> Iterable[str]:
 def kernel_and_journal_agree(outcome: Outcome) -> Iterable[str]:
     """No session is called lost that the kernel held; none is called finished that it did not hold."""
     carried = {entry["session"] for entry in outcome.audit if entry["op"] == "RETRIEVE_SESSION"}
+    ended = {entry["session"] for entry in outcome.audit if entry["op"] == "FINISH"}
     for one in outcome.sessions:
         name = kernel_name(one["id"])
         if one["state"] == "lost" and name in carried:
             yield f"{one['id']} is called lost, but the kernel held it"
         if one["state"] == "finished" and name not in carried:
             yield f"{one['id']} is called finished, but nobody retrieved it"
+        if one["state"] == "finished" and name not in ended:
+            yield f"{one['id']} is called finished, but FINISH never ran"
+
+
+def nothing_left_in_the_kernel(outcome: Outcome) -> Iterable[str]:
+    """The kernel holds nothing in the end but, before a kexec, the black box."""
+    if (
+        len(set(outcome.boots)) != (2 if outcome.ending == "done" else 1)
+        or outcome.held["boot_id"] != outcome.boots[-1]
+    ):
+        yield f"the kernels that ran were {outcome.boots}, the last is {outcome.held['boot_id']}"
+    box = {BLACK_BOX_SESSION} if outcome.ending == "aborted" else set[str]()
+    for one in (*outcome.held["incoming"], *outcome.held["outgoing"]):
+        if one["name"] not in box:
+            yield f"the kernel still holds {one['name']}, {one['state']}"
 
 
 def no_effect_twice(outcome: Outcome) -> Iterable[str]:
@@ -78,7 +95,7 @@ def no_effect_twice(outcome: Outcome) -> Iterable[str]:
             open_.discard(name)
             for key in [key for key in seen if key[0] == "PRESERVE_FD" and key[2] == name]:
                 del seen[key]
-        elif op in ("PRESERVE_FD", "RETRIEVE_SESSION", "FINISH", "REBOOT_KEXEC"):
+        elif op in ("PRESERVE_FD", "RETRIEVE_SESSION", "FINISH", "KEXEC_LOAD", "REBOOT_KEXEC"):
             key = (op, boot, name, entry["token"])
             seen[key] += 1
             if seen[key] > 1:

@@ -89,7 +89,7 @@ class Child:
 
     def fds(self) -> list[str]:
         """Return what the process has open, by kind."""
-        kinds = []
+        kinds: list[str] = []
         for name in os.listdir(f"/proc/{self.pid}/fd"):
             with contextlib.suppress(FileNotFoundError):
                 kinds.append(os.readlink(f"/proc/{self.pid}/fd/{name}").split(":[")[0])

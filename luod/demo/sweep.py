@@ -16,8 +16,6 @@ from .host import Host, Outcome, Setting, discard
 from .invariants import problems
 from .process import Child
 
-OPERATOR_ABORTS_EVERY = 4
-
 
 class Verdict(msgspec.Struct, frozen=True):
     """How the run of one crash point ended."""
@@ -42,6 +40,8 @@ def one_run(directory: Path, setting: Setting) -> tuple[Outcome | None, list[str
     found = problems(outcome, setting, directory)
     if setting.kill_at and outcome.restarts != 1:
         found.append(f"luod was to die once and died {outcome.restarts} times")
+    if setting.kill_at and setting.operator == "abort" and outcome.ending != "aborted":
+        found.append(f"the operator aborted an update that is {outcome.ending}")
     return outcome, found
 
 
@@ -52,26 +52,39 @@ def clean_points(directory: Path, setting: Setting) -> tuple[Outcome, list[str]]
         raise LuodError(
             f"a run without any crash failed: {'; '.join(found)}", hint=f"it is kept in {directory}"
         )
-    return outcome, list(dict.fromkeys(outcome.points))
+    return outcome, outcome.points
 
 
 def all_settings(base: Path, setting: Setting) -> tuple[Outcome, list[Setting]]:
-    """Return a clean run's outcome, and one setting for every crash point.
+    """Return a clean run's outcome, and one setting for every run of the sweep.
 
-    The points are those of an update that goes through, and those of one that the kernel refuses, which is rolled back.
+    The points are those of an update that goes through, in both boots, and those of one that the kernel refuses, which is rolled back.
+    Where luod's death leaves an update to a person, that person goes on in one run and changes his mind in another.
     """
     clean, points = clean_points(base / "clean", setting)
     _, refused = clean_points(base / "refused", msgspec.structs.replace(setting, refuse=True))
-    settings = [msgspec.structs.replace(setting, kill_at=point) for point in points]
+    settings: list[Setting] = []
+    for point in points:
+        boot, _, name = point.partition(":")
+        one = msgspec.structs.replace(setting, kill_at=name, boot=int(boot))
+        settings.append(one)
+        if name.startswith("update/") and name.partition(":")[0].endswith("/scratch"):
+            settings.append(msgspec.structs.replace(one, operator="abort"))
     settings += [
-        msgspec.structs.replace(setting, kill_at=point, refuse=True)
+        msgspec.structs.replace(setting, kill_at=point.partition(":")[2], boot=1, refuse=True)
         for point in refused
-        if point not in points or "/reboot:" in point or "/release:" in point
+        if point not in points or "/reboot:" in point
     ]
-    return clean, [
-        msgspec.structs.replace(one, operator="abort" if number % OPERATOR_ABORTS_EVERY == 1 else "again")
-        for number, one in enumerate(settings)
+    return clean, settings
+
+
+def title(setting: Setting) -> str:
+    """Return what a run is called."""
+    ways = [
+        *(["kexec refused"] if setting.refuse else []),
+        *(["operator aborts"] if setting.operator == "abort" else []),
     ]
+    return setting.point + (f" ({', '.join(ways)})" if ways else "")
 
 
 def sweep(
@@ -89,7 +102,7 @@ def sweep(
             while waiting and len(running) < jobs:
                 number, setting = waiting.pop(0)
                 child = _launch(base / f"point-{number:03}", setting, run)
-                running[child.pipe] = (child, setting.kill_at)
+                running[child.pipe] = (child, title(setting))
             poll = select.poll()
             for pipe in running:
                 poll.register(pipe, select.POLLIN)
@@ -118,7 +131,7 @@ def _launch(directory: Path, setting: Setting, run: Callable[[Path, Setting], Ve
         os.write(pipe, msgspec.json.encode(verdict) + b"\n")
         return 0
 
-    return Child(f"run {setting.kill_at}", work, directory / "harness.log")
+    return Child(f"run {title(setting)}", work, directory / "harness.log")
 
 
 def verdict_of(directory: Path, setting: Setting) -> Verdict:
@@ -127,7 +140,7 @@ def verdict_of(directory: Path, setting: Setting) -> Verdict:
     if not found:
         discard(directory)
     return Verdict(
-        setting.kill_at,
+        title(setting),
         outcome.ending if outcome else "failed",
         outcome.restarts if outcome else 0,
         outcome.bytes_verified if outcome else 0,
