@@ -102,20 +102,12 @@ def result(
     }
 
 
-def _say(text: str) -> None:
-    click.echo(f"  {text}", err=True)
-
-
-def _quiet(_text: str) -> None:
-    """Say nothing: only JSON is wanted."""
-
-
 def _single(base: Path, setting: Setting, as_json: bool, *, kept: bool) -> int:
     def say(text: str) -> None:
         if not as_json:
             click.echo(f"  {text}", err=True)
 
-    host = Host(base, setting, _quiet if as_json else _say)
+    host = Host(base, setting, say)
     try:
         outcome = host.run()
     finally:
