@@ -129,9 +129,11 @@ class Follower:
                 retry = min(self._deadline, time.monotonic() + self._patience)
             try:
                 with reach.connect(self._socket, retry_until=retry) as client:
-                    self._reached = True
                     client.call("WATCH", after=self._after)
                     last = newest(client)
+                    if last is not None and not self._reached and not until(last):
+                        self._progress.line(verdict(last))
+                    self._reached = True
                     while last is not None and not until(last):
                         self._next(client, last)
                         last = newest(client)

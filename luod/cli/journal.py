@@ -19,7 +19,7 @@ from ..views import record_json
 from . import sentences
 from .printing import clean, clock, colored, day, json_option, number, print_json, tinted, width, wrapped
 from .program import Mistaken, json_everywhere, no
-from .source import damage_json, locate, open_file, open_source
+from .source import check_beginning, damage_json, locate, open_file, open_source
 
 if TYPE_CHECKING:
     from ..journal.audit import Report
@@ -187,12 +187,12 @@ def verify(socket: str, path: Path | None, as_json: bool) -> None:
     """
     import msgspec
 
-    from ..journal.errors import NotAJournal
+    from ..journal.export import looks_like
     from ..journal.verify import verify as check
 
     place = locate(socket, path)
-    if place.is_file() and place.stat().st_size == 0:
-        raise NotAJournal(f"{place} is empty", hint="name another file; this one was not changed")
+    if not looks_like(place):
+        check_beginning(place)
     report = check(place)
     if as_json:
         plain = msgspec.to_builtins(report)
@@ -314,18 +314,16 @@ def timeline(socket: str, path: Path | None, update: str | None, as_json: bool) 
         records = list(source.records())
         report = source.report()
     course = Story(records).course(update or "")
-    if as_json:
-        print_json({"course": msgspec.to_builtins(course), **damage_json(report)})
-    elif course is not None:
-        click.echo(draw(course, width=min(width(), 160), colour=colored()), nl=False)
-    if course is None:
-        _end(report, told=as_json)
-        if as_json:
-            no()
+    if course is None and (report is None or report.ok):
         raise NoSuchUpdate(
             f"the journal knows no update {update!r}" if update else "the journal holds no update yet",
             hint="`luoctl journal replay` lists what it holds",
         )
+    if as_json:
+        print_json({"course": msgspec.to_builtins(course), **damage_json(report)})
+    elif course is not None:
+        text = draw(records, width=min(width(), 160), color=colored(), update=course.update)
+        click.echo(text.rstrip("\n"))
     _end(report, told=as_json)
 
 

@@ -174,12 +174,9 @@ def run(argv: Sequence[str]) -> int:
 
 def mistaken(error: click.UsageError) -> Mistaken:
     """Say what is wrong with a command line, in luoctl's own way."""
-    if isinstance(error, click.exceptions.NoArgsIsHelpError):
-        return Mistaken(
-            "a verb is missing",
-            hint=f"`{error.ctx.command_path if error.ctx else 'luoctl'} --help` lists them",
-        )
     path = error.ctx.command_path if error.ctx is not None else "luoctl"
+    if isinstance(error, click.exceptions.NoArgsIsHelpError) or error.message == "Missing command.":
+        return Mistaken("a verb is missing", hint=f"`{path} --help` lists them")
     text = error.format_message().rstrip(".")
     return Mistaken(text[:1].lower() + text[1:], hint=f"`{path} --help`")
 
@@ -187,7 +184,11 @@ def mistaken(error: click.UsageError) -> Mistaken:
 def code_of(error: LuodError) -> str:
     """Return the stable code of an error: luod's own, or the name of its class in the same style."""
     given = str(getattr(error, "code", "") or type(error).__name__)
-    return given if given.isupper() else re.sub(r"(?<=[a-z])(?=[A-Z])", "_", given).upper()
+    return (
+        given
+        if given.isupper()
+        else re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", given).upper()
+    )
 
 
 def exit_code_of(error: LuodError) -> int:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..journal.audit import Report
 
 Json = dict[str, Any]
+SQLITE_MAGIC = b"SQLite format 3\0"
 
 
 class Source(Protocol):
@@ -88,16 +89,34 @@ def open_source(socket: str, path: Path | None) -> Iterator[Source]:
 def open_file(path: Path) -> Iterator[Offline]:
     """Open a database, a copy of one, or an exported journal."""
     from ..journal import export
-    from ..journal.errors import NotAJournal
     from ..journal.replay import Replay
 
     if export.looks_like(path):
         yield Offline(str(path), export.Import(path))
         return
-    if path.is_file() and path.stat().st_size == 0:
-        raise NotAJournal(f"{path} is empty", hint="name another file; this one was not changed")
+    check_beginning(path)
     with Replay(path) as replay:
         yield Offline(str(path), replay)
+
+
+def check_beginning(path: Path) -> None:
+    """Raise `NotAJournal` for a file that does not even begin like one: nothing in it could be read."""
+    from ..journal.errors import NotAJournal
+
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(SQLITE_MAGIC))
+    except OSError:
+        return  # who reads it says it better
+    if not head.strip(b"\0"):
+        what = "it is empty" if not head else "it begins with zeros"
+    elif head != SQLITE_MAGIC:
+        what = "it does not begin like a SQLite database"
+    else:
+        return
+    raise NotAJournal(
+        f"{path} is not a journal of luod: {what}", hint="name another file; this one was not changed"
+    )
 
 
 def locate(socket: str, path: Path | None) -> Path:
