@@ -16,6 +16,7 @@ import shutil
 import signal
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from . import client as demo_client
 from .process import Child
 
 PATIENCE_S = 90.0
+LEAK_S = 1.0
 CMDLINE = "console=ttyS0 kho=on liveupdate=on"
 Say = Callable[[str], None]
 
@@ -80,6 +82,23 @@ class Outcome(msgspec.Struct):
     late_records: list[str] = []
     kernel: str = "emulated luo-v5"
     boots: list[str] = []
+
+
+BOX = {
+    "luod": Counter({"socket": 1, "/memfd:luod.ring (deleted)": 2}),  # held, and duplicated by its mapping
+    "keeper": Counter({"socket": 1, "/memfd:luod.ring (deleted)": 1}),
+}
+"""What the black box of a boot that prepared an update costs each process."""
+
+
+def leaked(outcome: Outcome) -> dict[str, Counter[str]]:
+    """Return what luod and the keeper have open in the end beyond what they began with and the black box, by process."""
+    found: dict[str, Counter[str]] = {}
+    for name, after in outcome.fds_after.items():
+        box = BOX[name] if len(outcome.boots) == 1 else Counter[str]()
+        if extra := Counter(after) - Counter(outcome.fds_before[name]) - box:
+            found[name] = extra
+    return found
 
 
 def is_volatile(place: Path) -> bool:
@@ -248,7 +267,7 @@ class Host:
         self.say("the first kernel boots")
         self.start_boot()
         with self.link() as link:
-            self._settle_fds(link, "before")
+            self._settle_fds(link, self.outcome.fds_before)
         if self.setting.refuse:
             self.control.inject("freeze", errno=errno.EBUSY)
         self.start_clients()
@@ -263,7 +282,7 @@ class Host:
         self._bury("luod", "keeper", *(child.name for child in self.clients()))
         self.start_boot()
         with self.link() as link:
-            self._settle_fds(link, "before")
+            self._settle_fds(link, self.outcome.fds_before)
         self.start_clients()
         self._second_boot()
         return self._look()
@@ -392,19 +411,26 @@ class Host:
 
     # -- looking
 
-    def _settle_fds(self, link: Client, when: str) -> None:
+    def _settle_fds(self, link: Client, book: dict[str, list[str]]) -> None:
         """Note what luod and the keeper have open, with one operator connected and no client."""
         deadline = time.monotonic() + PATIENCE_S
         while link.call("STATUS").fields["clients"] and time.monotonic() < deadline:
             continue
-        book = self.outcome.fds_before if when == "before" else self.outcome.fds_after
         for name in ("luod", "keeper"):
             book[name] = self._children[name].fds()
+
+    def _settle_fds_after(self, link: Client) -> None:
+        """Note what is open in the end. A connection that is just being closed is no leak: a leak is still there a second later."""
+        patience = time.monotonic() + LEAK_S
+        while True:
+            self._settle_fds(link, self.outcome.fds_after)
+            if not leaked(self.outcome) or time.monotonic() > patience:
+                return
 
     def _look(self) -> Outcome:
         """Gather what the checks need, and see that one more recovery changes nothing."""
         with self.link() as link:
-            self._settle_fds(link, "after")
+            self._settle_fds_after(link)
             self.outcome.sessions = every(link.call, "SESSIONS", "sessions")
             status = link.call("STATUS").fields
             self.outcome.update = status["update"]

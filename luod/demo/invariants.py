@@ -15,7 +15,7 @@ from ..engine.book import Book
 from ..journal.verify import verify
 from ..states.names import BLACK_BOX_SESSION, kernel_name
 from ..views import session_json
-from .host import Outcome, Setting, journal_of
+from .host import Outcome, Setting, journal_of, leaked
 
 
 def problems(outcome: Outcome, setting: Setting, directory: Path) -> list[str]:
@@ -107,19 +107,10 @@ def no_effect_twice(outcome: Outcome) -> Iterable[str]:
         yield f"{jumps} kexecs in an update that is {outcome.ending}"
 
 
-BOX = {
-    "luod": Counter({"socket": 1, "/memfd:luod.ring (deleted)": 2}),  # held, and duplicated by its mapping
-    "keeper": Counter({"socket": 1, "/memfd:luod.ring (deleted)": 1}),
-}
-
-
 def no_fd_leaked(outcome: Outcome) -> Iterable[str]:
     """Both luod and the keeper end with what they began with, but for the black box, which lives as long as its boot."""
-    for name, after in outcome.fds_after.items():
-        box = BOX[name] if outcome.ending == "aborted" else Counter[str]()
-        extra = Counter(after) - Counter(outcome.fds_before[name]) - box
-        if extra:
-            yield f"{name} leaked {dict(extra)}"
+    for name, extra in leaked(outcome).items():
+        yield f"{name} leaked {dict(extra)}"
 
 
 def recovery_is_idle(outcome: Outcome) -> Iterable[str]:

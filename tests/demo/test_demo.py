@@ -62,4 +62,4 @@ def test_one_crash_point_and_one_that_is_none(disk_path: Path) -> None:
     assert json.loads(one.stdout)["recoveries"] == 1
     none = demo("--crash", "vm0.1/teleport:after_call", "--json", "--keep", str(disk_path / "kept"))
     assert none.returncode == 1
-    assert "--crash list" in json.loads(none.stdout)["problems"][0]
+    assert "--crash list" in json.loads(none.stdout)["detail"]["problems"][0]
