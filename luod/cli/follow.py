@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import click
@@ -40,6 +40,7 @@ class Progress:
         self._quiet = quiet
         self._live = sys.stderr.isatty()
         self._states: dict[str, str] = {}
+        self._members: set[str] = set()
         self._reached: Counter[str] = Counter()
         self._shown = ""
 
@@ -52,11 +53,17 @@ class Progress:
         click.echo(f"{when}  {clean(text)}", err=True)
         self._draw()
 
+    def expect(self, sessions: Iterable[str]) -> None:
+        """Say which sessions take part."""
+        self._members = set(sessions)
+
     def record(self, record: Mapping[str, Any]) -> None:
         """Take in a record of the journal."""
         if self._quiet:
             return
         name, stream = sentences.event(record), str(record["stream"])
+        if name in ("update.started", "update.armed"):
+            self.expect(record["body"]["sessions"])
         kind, _, word = name.partition(".")
         if kind == "update" or name in TOLD:
             self.line(f"{stream}: {sentences.of(record)}", int(record["wall_ns"]))
@@ -67,8 +74,8 @@ class Progress:
             self._reached[word] += 1
             if self._live:
                 self._draw()
-            elif self._reached[word] == len(self._states):
-                self.line(f"{word}: all {len(self._states)}", int(record["wall_ns"]))
+            elif self._reached[word] == len(self._members | set(self._states)):
+                self.line(f"{word}: all {self._reached[word]}", int(record["wall_ns"]))
 
     def _draw(self) -> None:
         if not self._live or not self._states:
@@ -123,6 +130,7 @@ class Follower:
         Raises `NotEnded` when the time is over first, and `TransportError` when luod cannot be reached.
         """
         last: Json | None = None
+        gone = False
         while True:
             retry = None
             if self._reached:
@@ -131,9 +139,11 @@ class Follower:
                 with reach.connect(self._socket, retry_until=retry) as client:
                     client.call("WATCH", after=self._after)
                     last = newest(client)
-                    if last is not None and not self._reached and not until(last):
-                        self._progress.line(verdict(last))
-                    self._reached = True
+                    if last is not None and not until(last):
+                        self._progress.expect(last["sessions"])
+                        if self._after is None or gone:
+                            self._progress.line(verdict(last))
+                    self._reached, gone = True, False
                     while last is not None and not until(last):
                         self._next(client, last)
                         last = newest(client)
@@ -141,7 +151,9 @@ class Follower:
             except ConnectionLost:
                 if time.monotonic() >= self._deadline:
                     raise
-                self._progress.line("luod has gone; waiting for it to come back")
+                if not gone:
+                    self._progress.line("luod has gone; waiting for it to come back")
+                gone = True
 
     def _next(self, client: Client, update: Json) -> None:
         """Take in records until the update may have changed."""

@@ -104,22 +104,20 @@ def status(socket: str, as_json: bool) -> None:
 def _show_status(reply: Json) -> None:
     kernel, journal, update = reply["kernel"], reply["journal"], reply["update"]
 
-    def line(name: str, text: str, state: str = "") -> None:
-        lead = f"{name:<10}"
-        shown = f"{lead}{tinted(state)} " if state else lead
-        click.echo(
-            wrapped(text, first=shown, plain_first=f"{lead}{state} " if state else lead, rest=" " * 10)
-        )
+    def line(name: str, text: str, before: str = "", state: str = "") -> None:
+        """Print a name and `before state text`, with the state in its colour."""
+        lead = f"{name:<10}{before}"
+        click.echo(wrapped(text, first=lead + tinted(state), plain_first=lead + clean(state), rest=" " * 10))
 
     line("luod", f"{reply['version']}, pid {reply['pid']}, boot {reply['boot_id']}")
-    line("kernel", f"({kernel['backend']}): {kernel['detail']}", kernel["state"])
+    line("kernel", f": {kernel['detail']}", f"{kernel['backend']}, ", kernel["state"])
     if kernel["hint"]:
         line("", kernel["hint"])
     line("image", "the next kernel is loaded" if reply["image_loaded"] else "no next kernel is loaded")
     if update is None:
         line("update", "none yet")
     else:
-        line("update", f"{update['id']}{course(update)}", update["state"])
+        line("update", course(update), f"{update['id']} ", update["state"])
     counted = ", ".join(f"{count} {state}" for state, count in sorted(reply["sessions"].items()))
     line("sessions", counted or "none")
     line("clients", f"{reply['clients']} connected")
@@ -177,7 +175,8 @@ def session_table(rows: list[dict[str, Any]]) -> None:
         notes += [f"in doubt: {key}" for key in doubts(one)]
         notes += [f"anomaly: {note}" for note in one["anomalies"]]
         for note in notes:
-            click.echo(wrapped(note, first=f"{clean(one['id'])}: ", rest="  "))
+            own = f"{one['id']}: "
+            click.echo(wrapped(note.removeprefix(own), first=clean(own), rest="  "))
 
 
 def since(one: Json) -> str:

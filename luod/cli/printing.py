@@ -132,6 +132,8 @@ def duration(seconds: float) -> str:
     """Return a duration with its unit."""
     if seconds < 0:
         return "-" + duration(-seconds)
+    if seconds == 0:
+        return "0 ms"
     if seconds < 1:
         return f"{seconds * 1000:.1f} ms" if seconds < 0.01 else f"{seconds * 1000:.0f} ms"
     if seconds < 120:

@@ -20,7 +20,7 @@ from ..states.names import update_id
 from ..states.table import SESSION, UPDATE
 from ..views import record_json
 from . import sentences
-from .printing import clean, clock, day, tinted, wrapped
+from .printing import clean, clock, day, listed, tinted, wrapped
 
 Json = dict[str, Any]
 END_EVENTS = frozenset({
@@ -84,6 +84,13 @@ class Story:
             at = self.cause(at)
         return found
 
+    def attempts(self, subject: Session | Update) -> list[str]:
+        """Return the other sessions of the same client."""
+        client = subject.client if isinstance(subject, Session) else ""
+        return [
+            one.id for one in self.book.sessions() if one.client == client and client and one.id != subject.id
+        ]
+
     def members(self, update: str) -> set[str]:
         """Return the sessions that took part in an update."""
         return {one.id for one in self.book.sessions() if one.update == update}
@@ -107,6 +114,7 @@ def explain(records: Sequence[Record], name: str) -> Json:
         "story": [_line(one) for one in mine if _telling(one)],
         "in_doubt": [effect.key for effect in subject.doubts()],
         "anomalies": list(subject.anomalies),
+        "others": story.attempts(subject),
     }
 
 
@@ -170,9 +178,11 @@ def _first(*rules: Rule) -> Rule:
 
 
 def _restart(story: Story, record: Json) -> Json | None:
-    """The last start of luod, if it was by that process."""
-    found = story.before(record, lambda one: sentences.event(one) == "daemon.started")
-    return found if found is not None and found["run_id"] == record["run_id"] else None
+    """The last start of luod, if it stands between this record and the one before it in its stream."""
+    found = story.before(
+        record, lambda one: one["stream"] == record["stream"] or sentences.event(one) == "daemon.started"
+    )
+    return found if found is not None and found["stream"] != record["stream"] else None
 
 
 def _bad_effect(story: Story, record: Json) -> Json | None:
@@ -274,6 +284,8 @@ def show(story: Json) -> None:
         click.echo(f"{tinted('unknown', 'in doubt')}: {clean(key)}")
     for note in story["anomalies"]:
         click.echo(wrapped(note, first="anomaly: ", rest="  "))
+    if story["others"]:
+        click.echo("\n" + wrapped(f"Other sessions of this client: {listed(story['others'])}."))
 
 
 def _told(line: Json, text: str) -> str:

@@ -218,7 +218,7 @@ def test_interrupted(world: World, luoctl: Luoctl) -> None:
         kexec = luoctl.start("kexec")
         puppet.event("START_PRESERVATION")
         assert kexec.stderr is not None
-        assert "update/1 is preparing" in kexec.stderr.readline()
+        assert "asked for the update" in kexec.stderr.readline()
         kexec.send_signal(signal.SIGINT)
         assert ended(kexec).code == 130
         assert luoctl("status", "--json").json["update"]["state"] == "preparing", "the update goes on"
