@@ -379,6 +379,15 @@ class _Strings:
             for sock in sockets:
                 sock.close()
 
+    def churn(self, client: str, count: int) -> list[str]:
+        """Subscribe and leave, many times; return the states that the session was in right after it was subscribed."""
+        states = set()
+        for _ in range(count):
+            with Wire(self.world.socket) as wire:
+                assert wire.reply(cmd="SUBSCRIBE", id=client)["ok"]
+                states.add(wire.reply(cmd="SESSION", id=client)["session"]["state"])
+        return sorted(states)
+
     def adopt(self, client: str) -> dict[str, Any]:
         return self._link().adopt(client, self.session).fields
 

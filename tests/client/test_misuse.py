@@ -14,6 +14,9 @@ from collections.abc import Iterator
 import pytest
 from luod_world import Puppet, Wire, World
 
+from luod.client import ClientError
+from luod.protocol import CODES
+
 
 @pytest.fixture(autouse=True)
 def unharmed(shared_world: World) -> Iterator[None]:
@@ -264,3 +267,23 @@ def test_many_at_once(shared_world: World) -> None:
     finally:
         for wire in wires:
             wire.close()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="errors that are no Refused are sent with the name of their class as code"
+)
+def test_every_refusal_has_a_listed_code(wire: Wire, shared_world: World) -> None:
+    codes = set()
+    wire.reply(cmd="SUBSCRIBE", id="codes")
+    with open("/dev/null", "rb") as null:
+        line = json.dumps({"cmd": "ADOPT", "id": "codes", "seq": 77, "fds": 1}).encode() + b"\n"
+        wire.send(line, [null.fileno()])
+        codes.add(wire.line()["error"]["code"])
+    with shared_world.client() as admin:
+        garbage = shared_world.dir / "garbage"
+        garbage.write_text("no kernel")
+        for image in (garbage, shared_world.dir):
+            with pytest.raises(ClientError) as caught:
+                admin.load(image)
+            codes.add(caught.value.code)
+    assert codes <= set(CODES)
