@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from . import wire
 from .states.errors import LuodError
@@ -89,7 +89,7 @@ class Message:
     """What luod sent. Owns its `fds`: take them, or close it (it is a context manager)."""
 
     fields: dict[str, Any]
-    fds: list[int] = field(default_factory=list)
+    fds: list[int] = field(default_factory=list[int])
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
@@ -262,8 +262,8 @@ def implied_fds(obj: dict[str, Any]) -> int:
 
 def error_of(fields: dict[str, Any]) -> ClientError:
     """Return the error of a refusal or of an ERROR event, whatever it lacks."""
-    body = fields.get("error")
-    body = body if isinstance(body, dict) else {}
+    error: Any = fields.get("error")
+    body = cast("dict[str, Any]", error if isinstance(error, dict) else {})
     return ClientError(
         str(body.get("code") or "UNKNOWN"),
         str(body.get("message") or "luod refused without saying why"),
