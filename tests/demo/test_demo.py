@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,13 +21,14 @@ KEYS = [
 pytestmark = pytest.mark.timeout(180)
 
 
-def demo(*args: str) -> subprocess.CompletedProcess[str]:
+def demo(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "luod.cli", "demo", *args],
         capture_output=True,
         text=True,
         check=False,
         timeout=170,
+        env={**os.environ, **variables},
     )
 
 
@@ -33,7 +36,7 @@ def test_the_object(disk_path: Path) -> None:
     done = demo("--sessions", "8", "--mib", "1", "--json", "--keep", str(disk_path / "kept"))
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout.splitlines()[-1])
-    assert list(shown)[: len(KEYS)] == KEYS
+    assert list(shown) == [*KEYS, "detail"]
     assert (shown["sessions"], shown["finished"], shown["lost"], shown["failed"]) == (8, 8, 0, 0)
     assert shown["bytes_verified"] == 8 << 20
     assert shown["blackout_ms"] > 0
@@ -63,3 +66,48 @@ def test_one_crash_point_and_one_that_is_none(disk_path: Path) -> None:
     none = demo("--crash", "vm0.1/teleport:after_call", "--json", "--keep", str(disk_path / "kept"))
     assert none.returncode == 1
     assert "--crash list" in json.loads(none.stdout)["detail"]["problems"][0]
+
+
+def test_nothing_is_left_of_a_good_run(disk_path: Path) -> None:
+    done = demo("--sessions", "1", "--mib", "0.1", "--json", TMPDIR=str(disk_path))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["journal"] is None
+    assert list(disk_path.iterdir()) == []
+
+
+def test_two_demos_at_once(disk_path: Path) -> None:
+    command = [sys.executable, "-m", "luod.cli", "demo", "--sessions", "2", "--mib", "0.1", "--json"]
+    both = [
+        subprocess.Popen([*command, "--keep", str(disk_path / name)], stdout=subprocess.PIPE, text=True)
+        for name in ("one", "two")
+    ]
+    for each in both:
+        out, _ = each.communicate(timeout=170)
+        assert each.returncode == 0
+        assert json.loads(out)["finished"] == 2
+
+
+def test_a_kept_directory_is_never_written_over(disk_path: Path) -> None:
+    (disk_path / "precious").write_text("x")
+    done = demo("--keep", str(disk_path))
+    assert done.returncode == 2
+    assert "not empty" in done.stderr
+    assert [one.name for one in disk_path.iterdir()] == ["precious"]
+
+
+def test_ctrl_c_leaves_nothing(disk_path: Path) -> None:
+    """Ctrl-C goes to the whole process group, as a terminal sends it."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "luod.cli", "demo", "--sessions", "2", "--mib", "64"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
+        env={**os.environ, "TMPDIR": str(disk_path)},
+    )  # fmt: skip
+    assert process.stderr is not None
+    assert "boots" in process.stderr.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said
+    assert list(disk_path.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)

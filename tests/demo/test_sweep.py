@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 from msgspec.structs import replace
 
-from luod.adapters.keeper import server as keeper_server
-from luod.daemon import director, recovery
+from luod.daemon import director, effects, recovery
+from luod.demo.command import at_point
 from luod.demo.host import Setting
 from luod.demo.sweep import Verdict, all_settings, one_run, sweep, verdict_of
 from luod.engine import runner
+from luod.engine.ports import Intent
 from luod.engine.reconcile import Action
 
 SMALL = Setting(sessions=2, size=64 << 10)
@@ -42,6 +45,8 @@ def test_every_crash_point(disk_path: Path) -> None:
         "box.preserve",
         "box.finish",
     }
+    for boot in (1, 2):
+        assert f"{boot}:vm0.1/hand:after_call" in {setting.point for setting in settings}
     verdicts = list(sweep(disk_path, settings, os.cpu_count() or 2))
     assert [(one.point, one.problems) for one in verdicts if one.problems] == []
     assert {one.ending for one in verdicts} == {"done", "aborted"}
@@ -65,16 +70,18 @@ def blind_redo() -> None:
 
 
 def no_second_holder() -> None:
-    """The keeper answers, but does not keep."""
-    honest = keeper_server.Keeper._drain_wake
+    """Sessions are made and retrieved by luod itself, and nobody else holds them."""
 
-    def forgetful(self: keeper_server.Keeper) -> None:
-        honest(self)
-        for name in list(self._held):
-            if name.startswith("luod.vm"):
-                self._close(name)
+    def create(self: effects.Create, intent: Intent) -> dict[str, Any]:
+        self.held.put(intent.args["name"], self.kernel.create_session(intent.args["name"]))
+        return {}
 
-    keeper_server.Keeper._drain_wake = forgetful  # type: ignore[method-assign]
+    def retrieve(self: effects.Retrieve, intent: Intent) -> dict[str, Any]:
+        self.held.put(intent.args["name"], self.kernel.retrieve_session(intent.args["name"]))
+        return {}
+
+    effects.Create.apply = create  # type: ignore[method-assign]
+    effects.Retrieve.apply = retrieve  # type: ignore[method-assign]
 
 
 def never_waits_for_the_silent() -> None:
@@ -93,26 +100,57 @@ def keeps_what_has_ended() -> None:
     recovery._release_ended = nothing  # type: ignore[assignment]
 
 
-MUTANTS: dict[Callable[[], None], tuple[str, ...]] = {
-    blind_redo: ("update/1/reboot:after_intent", "vm0.1/create:after_call", "luod/load:after_call"),
-    no_second_holder: ("vm0.1/hand:before_intent", "vm0.1/retrieve:after_call"),
-    never_waits_for_the_silent: ("vm0.1/mark:after_outcome", "vm0.1/create:after_call"),
-    keeps_what_has_ended: ("vm0.1/release:before_intent",),
-}
+class Broken(NamedTuple):
+    """A broken luod: where to kill it, and what the sweep must say then."""
+
+    mutant: Callable[[], None]
+    points: tuple[str, ...]
+    verdict: str
 
 
-@pytest.mark.parametrize("mutant", list(MUTANTS), ids=lambda mutant: mutant.__name__)
-def test_a_broken_luod_is_caught(
-    mutant: Callable[[], None], disk_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each mutant lives in the processes of its runs only; the sweep must fail at least one of its points."""
+BROKEN = [
+    Broken(
+        blind_redo,
+        ("1:update/1/reboot:after_intent", "1:luod/load:after_call"),
+        "KEXEC_LOAD .* twice in boot 1",
+    ),
+    Broken(
+        no_second_holder,
+        ("2:vm0.1/retrieve:after_outcome", "2:vm0.1/hand:after_call"),
+        "LOST|lost|client/vm0 ended",
+    ),
+    Broken(
+        never_waits_for_the_silent,
+        ("1:vm0.1/mark:after_outcome", "1:vm0.1/create:after_call"),
+        "client/vm. ended",
+    ),
+    Broken(keeps_what_has_ended, ("2:vm0.1/release:before_intent",), "the kernel still holds luod.vm0.1"),
+]
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=lambda broken: broken.mutant.__name__)
+def test_a_broken_luod_is_caught(broken: Broken, disk_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mutant lives in the processes of its runs only; the sweep must say what is wrong with it."""
     monkeypatch.setattr("luod.demo.host.PATIENCE_S", 10.0)
     monkeypatch.setattr("luod.demo.client.PATIENCE_S", 10.0)
 
-    def broken(directory: Path, setting: Setting) -> Verdict:
-        mutant()
+    def run(directory: Path, setting: Setting) -> Verdict:
+        broken.mutant()
         return verdict_of(directory, setting)
 
-    settings = [replace(SMALL, kill_at=point) for point in MUTANTS[mutant]]
-    verdicts = list(sweep(disk_path, settings, 2, run=broken))
-    assert any(one.problems for one in verdicts), f"{mutant.__doc__} and nobody noticed: {verdicts}"
+    verdicts = list(sweep(disk_path, [at_point(SMALL, point) for point in broken.points], 2, run=run))
+    assert not [one for one in verdicts if one.ending == "crashed"], "the mutant itself must work"
+    said = [problem for one in verdicts for problem in one.problems]
+    assert any(re.search(broken.verdict, problem, re.DOTALL) for problem in said), (
+        f"{broken.mutant.__doc__} The sweep says only: {said}"
+    )
+
+
+def test_a_run_that_dies_is_no_success(disk_path: Path) -> None:
+    def run(directory: Path, setting: Setting) -> Verdict:
+        raise ValueError("the harness is broken")
+
+    (verdict,) = sweep(disk_path, [SMALL], 1, run=run)
+    assert verdict.ending == "crashed"
+    assert verdict.problems
+    assert "the harness is broken" in (Path(verdict.directory) / "harness.log").read_text()
