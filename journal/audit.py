@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from ..states import codec
 from ..states.errors import BadEvent, UnknownEvent
-from .damage import Damage, Torn
+from .damage import Damage, Kind, Torn
 from .diagnose import explain
 from .record import CHAIN_SIZE, COLUMNS, Record, follows, genesis
 from .sqlite import READ_ERRORS, Connection, sqlite
@@ -70,7 +70,7 @@ class Audit:
         self.rows = 0
         self.places = 0
         self._previous = start
-        self._expected = 1
+        self.expected = 1
         self._holes = start is None
         self._decode = decode
 
@@ -78,16 +78,17 @@ class Audit:
         """Check `rows` (column tuples or `Gap`s) and yield the records that are sound."""
         for row in rows:
             if isinstance(row, Gap):
-                self._gap(row.first, row.last, "unreadable", row.why)
+                self.gap(row.first, row.last, "unreadable", row.why)
                 continue
             record = self._check(row)
             if record is not None:
                 self.rows += 1
                 yield record
 
-    def _gap(self, first: int, last: int, kind: Any, what: str) -> None:
+    def gap(self, first: int, last: int, kind: Kind, what: str) -> None:
+        """Report ids that are not there to be read; the row behind them cannot be proved."""
         self.damage.append(Damage(kind, what, first, last))
-        self._previous, self._expected, self._holes = None, last + 1, True
+        self._previous, self.expected, self._holes = None, last + 1, True
 
     def _check(self, row: tuple[Any, ...]) -> Record | None:
         self.places ^= hash((row[1], row[2], row[0]))
@@ -97,18 +98,18 @@ class Audit:
                 self._bad(Damage("row", what, row[0], column=name), row)
                 return None
         record = Record(*row)
-        if record.id != self._expected:
-            mended = replace(record, id=self._expected)
+        if record.id != self.expected:
+            mended = replace(record, id=self.expected)
             if self._previous is not None and follows(self._previous, mended):
                 what = f"it reads {record.id} and was {mended.id}"
                 self.damage.append(Damage("row", what, mended.id, column="id"))
                 record = mended
-            elif record.id < self._expected:
-                what = f"row {record.id} stands behind row {self._expected - 1}"
+            elif record.id < self.expected:
+                what = f"row {record.id} stands behind row {self.expected - 1}"
                 self.damage.append(Damage("row", what, record.id))
                 return None
             else:
-                self._gap(self._expected, record.id - 1, "missing", "no such rows")
+                self.gap(self.expected, record.id - 1, "missing", "no such rows")
         if self._previous is None:
             what = "the row cannot be proved: the one before it is not known"
             self.damage.append(Damage("unproved", what, record.id))
@@ -120,7 +121,7 @@ class Audit:
             self._previous, record = found.chain, found
         self._previous = self.chain = record.chain
         self.head = record.id
-        self._expected = record.id + 1
+        self.expected = record.id + 1
         self._order(record)
         self._body(record)
         return record
@@ -128,7 +129,7 @@ class Audit:
     def _bad(self, damage: Damage, row: tuple[Any, ...]) -> None:
         self.damage.append(damage)
         self._holes = True
-        self._expected = max(self._expected, row[0] + 1)
+        self.expected = max(self.expected, row[0] + 1)
         chain = row[-1]
         self._previous = chain if isinstance(chain, bytes) and len(chain) == CHAIN_SIZE else None
 
@@ -248,9 +249,9 @@ def check_index(connection: Connection, audit: Audit) -> None:
     except READ_ERRORS as error:
         audit.damage.append(Damage("index", f"the index of streams cannot be read: {error}"))
         return
-    if last >= audit._expected:
-        audit._gap(
-            audit._expected, last, "missing", "the index of streams knows of these rows, the table does not"
+    if last >= audit.expected:
+        audit.gap(
+            audit.expected, last, "missing", "the index of streams knows of these rows, the table does not"
         )
     elif places != audit.places:
         audit.damage.append(Damage("index", "the index of streams and the rows disagree"))

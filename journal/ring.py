@@ -51,7 +51,7 @@ class Ring:
     def format(cls, buffer: Any, journal: str, head: tuple[int, bytes]) -> Ring:
         """Make an empty black box of `buffer` for the journal with this id, whose last record is `head` (id, chain value)."""
         view = _view(buffer)
-        if not isinstance(journal, str) or len(journal.encode()) != 36:
+        if len(journal.encode()) != 36:
             raise RingError(f"{journal!r} is not the id of a journal", hint="give Journal.journal_id")
         view[:] = bytes(len(view))
         _write_header(view, journal, head)

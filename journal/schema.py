@@ -19,13 +19,14 @@ migrations = Migrations("luod.journal")
 @migrations()
 def m001_events(db: Database) -> None:
     """Events in one table; the identity of the journal in another."""
-    db.execute(
+    execute = db.conn.execute  # within the transaction that the migration opened
+    execute(
         "CREATE TABLE journal(only_row INTEGER PRIMARY KEY CHECK (only_row = 1), uuid TEXT NOT NULL,"
         " created_wall_ns INTEGER NOT NULL, genesis BLOB NOT NULL) STRICT"
     )
-    db.execute(
+    execute(
         "CREATE TABLE events(id INTEGER PRIMARY KEY, stream TEXT NOT NULL, seq INTEGER NOT NULL, type TEXT NOT NULL,"
         " wall_ns INTEGER NOT NULL, boot_ns INTEGER NOT NULL, boot_id TEXT NOT NULL, run_id TEXT NOT NULL,"
         " cause INTEGER, body BLOB NOT NULL, chain BLOB NOT NULL, UNIQUE(stream, seq)) STRICT"
     )
-    db.execute("PRAGMA user_version = 1")
+    execute("PRAGMA user_version = 1")

@@ -87,7 +87,7 @@ def sweep(shim: Path, directory: Path, kind: str, workload: str, **options: Any)
             str(HERE / "crash_harness.py"),
             json.dumps(request),
         ],
-        env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": str(HERE)},
+        env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
         capture_output=True,
         text=True,
         timeout=55,
@@ -237,7 +237,7 @@ class Sweeper:
 
 @dataclass
 class Change:
-    """One recorded change: `op` is c(reate), w(rite), t(runcate), u(nlink), m(ove), s(ync)."""
+    """One recorded change. `op`: c create, w write, t truncate, u unlink, m move, s sync."""
 
     op: str
     name: str

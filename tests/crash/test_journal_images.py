@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from crash_workload import payload_of_body_only
 from luod.journal import record as record_module
 from luod.journal import wal
 from luod.journal import writer as writer_module
-from luod.journal.errors import JournalError
+from luod.journal.errors import JournalError, JournalWriteError
 from luod.journal.record import Entry, Record
 from luod.journal.replay import Files
 from luod.journal.writer import Journal
@@ -172,3 +175,27 @@ def test_a_journal_refused_for_writing_is_not_touched(rooms, part, stride):
             after = {file.name: file.read_bytes() for file in rooms[1].iterdir() if file.suffix != ".lock"}
             assert after == before, at
     assert refused > 10
+
+
+def test_a_file_that_may_not_grow_loses_nothing_acknowledged(rooms):
+    path, acknowledged = rooms[0] / "journal.db", rooms[0] / "ack"
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            journal = Journal.open(path, boot_id="b", run_id="r", volatile=True, pregrow=0)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+            with acknowledged.open("w", buffering=1) as ack:
+                for number in range(1000):
+                    ack.write(f"{journal.append(entries(number))[-1].id}\n")
+        except JournalWriteError:
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    last = int(acknowledged.read_text().split()[-1])
+    with Journal.open(path, boot_id="b", run_id="r", volatile=True, pregrow=0) as journal:
+        assert last > 30
+        assert last <= journal.head()[0] <= last + 3
+        assert journal.append(entries(0))[0].id == journal.head()[0] - 2
