@@ -220,9 +220,10 @@ def _ended(client: Client, streams: list[str]) -> set[str]:
 @json_option
 @click.pass_obj
 def resolve(socket: str, key: str, decision: str, as_json: bool) -> None:
-    """Settle the effect KEY, which is in doubt, by your word. `luoctl status` lists such effects.
+    """Settle by your word the effect KEY, which is in doubt (`luoctl status` lists such effects), or a session that has failed.
 
-    done: it has happened. absent: it has not. retry: make it again. give-up: count it as failed.
+    Of an effect: done (it has happened), absent (it has not), retry (make it again), give-up (count it as failed). KEY may also be
+    a session's id: retry lets its client try again, give-up frees what it holds.
     """
     reply = reach.ask(socket, "RESOLVE", key=key, decision=decision)
     if as_json:

@@ -65,7 +65,7 @@ def journal() -> None:
     """
 
 
-@journal.command("show")
+@journal.command("show", short_help="Show records, one a line.")
 @from_file
 @click.option(
     "--stream", metavar="NAME", help="Only this stream: a session (vm1.1), an update (update/1) or luod."
@@ -148,7 +148,7 @@ def _bold(text: str) -> str:
     return click.style(text, bold=True) if colored() else text
 
 
-@journal.command("replay")
+@journal.command("replay", short_help="Rebuild what luod believed, at any record.")
 @from_file
 @up_to
 @json_option
@@ -175,7 +175,7 @@ def replay(socket: str, path: Path | None, until: int | None, as_json: bool) -> 
     _end(report, told=as_json)
 
 
-@journal.command("verify")
+@journal.command("verify", short_help="Check every record and the file itself.")
 @from_file
 @json_option
 @click.pass_obj
@@ -225,7 +225,7 @@ def _torn(report: Report) -> str:
     return f"{torn.file} ends unfinished at byte {torn.offset}: {torn.what}. This was never acknowledged"
 
 
-@journal.command("export")
+@journal.command("export", short_help="Write it as text that proves itself.")
 @from_file
 @click.option(
     "--output",
@@ -299,7 +299,7 @@ class _beside:
         Path(self._name).unlink(missing_ok=True)
 
 
-@journal.command("timeline")
+@journal.command("timeline", short_help="Draw what took how long in an update.")
 @from_file
 @click.option("--update", metavar="ID", help="This update; otherwise the newest.")
 @json_option
@@ -327,7 +327,7 @@ def timeline(socket: str, path: Path | None, update: str | None, as_json: bool) 
     _end(report, told=as_json)
 
 
-@journal.command("why")
+@journal.command("why", short_help="Tell what ended a session or an update.")
 @click.argument("id")
 @from_file
 @json_option

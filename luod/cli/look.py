@@ -113,6 +113,14 @@ def _show_status(reply: Json) -> None:
     line("kernel", f": {kernel['detail']}", f"{kernel['backend']}, ", kernel["state"])
     if kernel["hint"]:
         line("", kernel["hint"])
+    keeper = reply.get("keeper") or {"state": "ok", "detail": ""}
+    if keeper["state"] != "ok":
+        line(
+            "keeper",
+            f": {keeper['detail']}. luod alone holds the sessions: start luod-keeper",
+            "",
+            keeper["state"],
+        )
     line("image", "the next kernel is loaded" if reply["image_loaded"] else "no next kernel is loaded")
     if update is None:
         line("update", "none yet")

@@ -29,7 +29,7 @@ STYLES = {
     "preserved": "cyan", "retrieved": "cyan", "created": "cyan", "rebooting": "yellow", "preparing": "yellow",
     "recovering": "yellow", "IN DOUBT": "yellow", "unknown": "yellow", "busy": "yellow", "aborted": "magenta",
     "voided": "magenta", "expired": "magenta", "lost": "bold red", "failed": "bold red", "absent": "red", "disabled": "red",
-    "broken": "bold red", "denied": "red",
+    "broken": "bold red", "denied": "red", "gone": "bold red",
 }  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 

@@ -17,9 +17,13 @@ def check_config(file: Path, as_json: bool) -> None:
     """Check a file of settings for luod, and show all that it sets or leaves as it is."""
     import msgspec
 
-    from ..daemon.config import load
+    from ..daemon.config import ConfigError, load
 
-    config = msgspec.to_builtins(load(file, {}))
+    try:
+        config = msgspec.to_builtins(load(file, {}))
+    except ConfigError as error:
+        error.hint = error.hint or "correct the file; docs/operating.md lists the settings"
+        raise
     if as_json:
         print_json({"ok": True, "path": str(file), "config": config})
         return

@@ -163,8 +163,8 @@ def test_refusals(world: World, luoctl: Luoctl) -> None:
         (("load", world.config, "--cmdline", ""), 1, "could not be loaded", ""),
         (("journal", "why", "ghost"), 1, "knows no session, client or update 'ghost'", ""),
         (("journal", "timeline"), 1, "the journal holds no update yet", "journal replay"),
-        (("stauts",), 2, "there is no verb 'stauts'", "status"),
-        (("journal", "shwo"), 2, "no such command 'shwo'", "journal --help"),
+        (("statuz",), 2, "there is no verb 'statuz'", "status"),
+        (("journal", "shows"), 2, "no such command 'shows'", "journal --help"),
         (("status", "--jsno"), 2, "no such option", "status --help"),
         ((), 2, "a verb is missing", "luoctl --help"),
     ):  # fmt: skip
