@@ -72,6 +72,7 @@ class Engine:
         self._locks: dict[str, anyio.Lock] = {}
         self._threads = anyio.CapacityLimiter(limit)
         self._busy: set[str] = set()
+        self._idle: anyio.Event | None = None
 
     # -- events
 
@@ -108,17 +109,26 @@ class Engine:
         An effect that this boot has already done is not made again, unless `again`: its old outcome is returned. A refusal by the
         world is an outcome with status `failed`, not an exception. `saying` are events that become durable in the same transaction
         as the intents, before them.
-        Raises `Refused` when one of them is in doubt or under way.
+        One that is under way already, for another caller, is waited for first. Raises `Refused` when one of them is in doubt.
         """
         with anyio.CancelScope(shield=True):
+            while not self._busy.isdisjoint(intent.key for intent in intents):
+                self._idle = self._idle or anyio.Event()
+                await self._idle.wait()
             todo = [next_try for intent in intents if (next_try := self._next_try(intent, again))]
-            keys = {intent.key for intent in todo}
-            self._busy |= keys
-            try:
-                await self._run(todo, saying)
-            finally:
-                self._busy -= keys
+            await self._run_alone(todo, saying)
         return [self._effect(intent) for intent in intents]
+
+    async def _run_alone(self, intents: Sequence[Intent], saying: Sequence[tuple[str, Event]] = ()) -> None:
+        keys = {intent.key for intent in intents}
+        self._busy |= keys
+        try:
+            await self._run(intents, saying)
+        finally:
+            self._busy -= keys
+            if self._idle is not None:
+                self._idle.set()
+                self._idle = None
 
     async def _run(self, intents: Sequence[Intent], saying: Sequence[tuple[str, Event]] = ()) -> None:
         for intent in intents:
@@ -157,11 +167,11 @@ class Engine:
         """Return the intent to make, with its attempt number, or None for one that is already done."""
         record = self.book.streams.get(intent.stream)
         old = record.effects.get(intent.key) if record else None
-        if intent.key in self._busy or (old and old.status in ("intended", "unknown")):
+        if old and old.status in ("intended", "unknown"):
             raise Refused(
                 "IN_DOUBT",
-                f"{intent.key} is under way or in doubt",
-                hint="wait for it, or settle it with `luoctl resolve`",
+                f"{intent.key} is in doubt",
+                hint=f"settle it with `luoctl resolve {intent.key} ...`",
             )
         if intent.kind not in self._effects:
             raise EngineError(f"{intent.key}: no adapter for effects of kind {intent.kind!r}")
@@ -261,7 +271,9 @@ class Engine:
                         (stream, EffectOutcome(key, "failed", how="resolved", message=decision))
                     )
                 case "retry":
-                    await self._run([Intent(stream, key, effect.kind, effect.args, effect.attempt + 1)])
+                    with anyio.CancelScope(shield=True):
+                        again = Intent(stream, key, effect.kind, effect.args, effect.attempt + 1)
+                        await self._run_alone([again])
                 case _:
                     raise Refused(
                         "BAD_FIELD", f"{decision!r} is no decision", hint="done, absent, retry or give-up"

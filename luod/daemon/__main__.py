@@ -126,7 +126,12 @@ async def serve(config: Config, args: argparse.Namespace) -> None:
     run_directory = RunDirectory(Path(config.run_dir))
     try:
         directory = Path(config.emulator) if config.emulator else None
-        kernel = open_kernel(config.kernel, directory=directory, held=config.device == "held")
+        kernel = open_kernel(
+            config.kernel,
+            directory=directory,
+            held=config.device == "held",
+            busy_deadline=config.deadlines.device_s,
+        )
         boot_id = kernel.boot_id()
         custody = Keeper(Path(config.run_dir))
         custody.names()
@@ -173,7 +178,8 @@ async def _poll(server: Server) -> None:
     while True:
         await anyio.sleep(server.luod.config.deadlines.poll_s)
         await server.desk.poll_claimed()
-        await server.luod.expire_unclaimed()
+        await server.luod.ending.expire_unclaimed()
+        await server.luod.second_holder.tend()
 
 
 def main() -> None:

@@ -75,6 +75,7 @@ class Admin:
             "update": update_json(updates[-1]) if updates else None,
             "sessions": dict(Counter(str(one.state) for one in visible)),
             "clients": sum(bool(one.clients) for one in self.luod.connections),
+            "keeper": self.luod.second_holder.view(),
             "image_loaded": loaded,
             "in_doubt": [
                 {"key": effect.key, "kind": effect.kind, "stream": stream, "status": effect.status}
@@ -202,9 +203,25 @@ class Admin:
     async def resolve(self, connection: Connection, command: Any) -> Reply:
         """Settle an effect in doubt by a person's word."""
         self._only_admin(connection, "RESOLVE")
+        session = self.engine.book.session(command.key)
+        if session is not None and session.seq:
+            return await self._resolve_session(session, command.decision, f"uid {connection.peer.uid}")
         effect = await self.engine.resolve(command.key, command.decision)
         self.luod.spawn(self.luod.director.close_if_done)
         return {"key": effect.key, "status": effect.status}
+
+    async def _resolve_session(self, session: Session, decision: str, by: str) -> Reply:
+        match decision:
+            case "retry":
+                await self.luod.ending.retry(session, by)
+            case "give-up":
+                await self.luod.ending.give_up(session, f"given up by {by}")
+            case _:
+                raise Refused(
+                    "BAD_FIELD", f"{decision!r} is no decision about a session", hint="retry or give-up"
+                )
+        after = self.engine.book.session(session.id) or session
+        return {"key": session.id, "status": after.state}
 
 
 def page(rows: list[Reply], after: str) -> tuple[list[Reply], str | None]:

@@ -17,21 +17,23 @@ from anyio.abc import TaskGroup
 
 from ..engine.errors import EffectFailed
 from ..engine.points import Points, nowhere
-from ..engine.ports import Custody, Intent, Kernel
+from ..engine.ports import Custody, Kernel
 from ..engine.runner import Engine
 from ..journal.writer import Journal
 from ..states import events as ev
 from ..states.errors import IllegalTransition
 from ..states.fold import Session
-from ..states.table import SESSION, UpdateState
+from ..states.table import SESSION
 from ..states.table import SessionState as S
 from .blackbox import BlackBox
 from .config import Config
 from .connection import Connection
-from .director import Director, now, pid_alive
+from .director import Director, pid_alive
 from .effects import Held, all_effects
+from .ending import Ending
 from .peers import Peer
 from .pulse import Pulse
+from .second_holder import SecondHolder
 
 if TYPE_CHECKING:
     from ..journal.record import Record
@@ -64,11 +66,15 @@ class Luod:
         self.engine = Engine(journal, effects, boot_id=boot_id, points=points)
         self.engine.listeners.append(self._listen)
         self.connections: set[Connection] = set()
-        self.undoing: set[str] = set()
         self.director = Director(self)
+        self.ending = Ending(self)
+        self.second_holder = SecondHolder(self)
+        self.leaving: set[str] = set()
+        self.told_abort: set[str] = set()
         self._by_client: dict[str, Connection] = {}
         self._peers: dict[str, Peer] = {}
         self._let_go: set[str] = set()
+        self._locks: dict[str, anyio.Lock] = {}
         self._group = group
         self._watch: list[Callable[[Record], None]] = []
 
@@ -77,9 +83,10 @@ class Luod:
     def attach(self, client: str, connection: Connection) -> None:
         """Let `connection` speak for a client id from now on."""
         self._by_client[client] = connection
+        self.leaving.discard(client)
         old = self._peers.get(client)
-        if old is not connection.peer:
-            self._peers[client] = connection.peer
+        self._peers[client] = connection.peer
+        self._close_unwatched(old)
         if client not in connection.clients:
             connection.clients.append(client)
         self.pulse.beat()
@@ -92,8 +99,7 @@ class Luod:
             del self._by_client[client]
         for client in mine:
             self._forget_peer(client)
-        if connection.peer not in self._peers.values():
-            connection.peer.close()
+        self._close_unwatched(connection.peer)
         self.pulse.beat()
         return mine
 
@@ -104,9 +110,17 @@ class Luod:
             session is not None and session.state not in (S.NEW, *SESSION.final)
         ):
             return
-        peer = self._peers.pop(client, None)
-        if peer is not None and not any(peer is one.peer for one in self.connections):
+        self._close_unwatched(self._peers.pop(client, None))
+
+    def _close_unwatched(self, peer: Peer | None) -> None:
+        """Let go of the pidfd of a process that neither speaks nor is watched any more."""
+        watched = [*self._peers.values(), *(one.peer for one in self.connections)]
+        if peer is not None and not any(peer is one for one in watched):
             peer.close()
+
+    def lock(self, client: str) -> anyio.Lock:
+        """Return the lock under which one client's session is taken, handed over and ended."""
+        return self._locks.setdefault(client, anyio.Lock())
 
     def connection(self, session: Session) -> Connection | None:
         """Return the open connection that speaks for a session's client."""
@@ -161,7 +175,7 @@ class Luod:
 
     async def rebind(self, session: Session) -> None:
         """A client that stays connected after its session was undone takes part in the next update."""
-        if self.connection(session) is None or session.owner is None:
+        if self.connection(session) is None or session.owner is None or session.client in self.leaving:
             return
         book = self.engine.book
         newest = book.of_client(session.client)
@@ -208,25 +222,6 @@ class Luod:
         """Move the write-ahead log into the database now, outside the blackout, if nobody is frozen yet."""
         if not any(one.state == S.READY for one in self.engine.book.live_sessions()):
             self.journal.checkpoint()
-
-    async def expire_unclaimed(self) -> None:
-        """Give up sessions that nobody has claimed in time, and free their memory."""
-        limit = self.config.deadlines.claim_s
-        update = self.engine.book.current_update()
-        began = update.entered.get(UpdateState.RECOVERING) if update is not None else None
-        if limit <= 0 or began is None or now() < began.boot_ns / 1e9 + limit:
-            return
-        for session in self.engine.book.live_sessions():
-            if session.state == S.REBOOTING and self.connection(session) is None:
-                args = {"name": session.kernel_name}
-                await self.engine.perform(
-                    Intent(session.id, f"{session.id}/retrieve", "session.retrieve", args),
-                    saying=[(session.id, ev.SessionExpired(f"nobody claimed it within {limit:g} s"))],
-                )
-                await self.engine.perform(
-                    Intent(session.id, f"{session.id}/release", "session.release", args)
-                )
-        await self.director.close_if_done()
 
     # -- tasks
 

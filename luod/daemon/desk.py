@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import anyio
 import anyio.to_thread
 
 from .. import __version__, protocol
@@ -28,6 +27,7 @@ from ..views import to_json
 from . import effects
 from .connection import Connection
 from .director import OUTGOING
+from .ending import release, retrieve
 
 if TYPE_CHECKING:
     from .core import Luod
@@ -52,7 +52,6 @@ class Desk:
     def __init__(self, luod: Luod) -> None:
         self.luod = luod
         self.engine = luod.engine
-        self._locks: dict[str, anyio.Lock] = {}
 
     def is_admin(self, uid: int) -> bool:
         """Say whether a uid may see and steer everything."""
@@ -88,9 +87,6 @@ class Desk:
                 hint="SUBSCRIBE or CLAIM on this connection first",
             )  # fmt: skip
 
-    def _lock(self, client: str) -> anyio.Lock:
-        return self._locks.setdefault(client, anyio.Lock())
-
     # -- the life of a client in the old kernel
 
     async def hello(self, connection: Connection, command: Any) -> Reply:
@@ -110,7 +106,7 @@ class Desk:
     async def subscribe(self, connection: Connection, command: Any) -> Reply:
         """Bind an id to its owner, or take a subscription up again on a new connection."""
         client = check_client_id(command.id)
-        async with self._lock(client):
+        async with self.luod.lock(client):
             book, uid = self.engine.book, connection.peer.uid
             session = book.of_client(client)
             open_ = session is not None and session.state not in SESSION.final
@@ -150,6 +146,11 @@ class Desk:
     async def _catch_up(self, connection: Connection, session: Session) -> None:
         """Tell a client that came back what it may have missed."""
         update = self.engine.book.current_update()
+        older = self.engine.book.session(f"{session.client}.{session.attempt - 1}")
+        if session.state == S.NEW and older is not None and self._unheard(connection, older):
+            self.luod.told_abort.add(older.id)
+            told = {"event": "ABORT", "id": session.client, "session": older.id, "deadline_s": 0.0}
+            self.luod.tell(session, {**told, "reason": older.reason})
         if session.abort_reason:
             self.luod.tell(
                 session,
@@ -165,6 +166,18 @@ class Desk:
                 self.luod.tell(
                     session, {"event": "RESUME", "id": session.client, "reason": session.reason or "go on"}
                 )
+
+    def _unheard(self, connection: Connection, session: Session) -> bool:
+        """Say whether the caller may still hold a session that was undone while nobody could tell it so."""
+        undone = session.entered.get(S.ABORTED)
+        return (
+            undone is not None
+            and undone.boot_id == self.engine.boot_id
+            and f"{session.id}/hand" in session.effects
+            and session.owner is not None
+            and session.owner.pid == connection.peer.pid
+            and session.id not in self.luod.told_abort
+        )
 
     def _limit(self, connection: Connection) -> None:
         uid = connection.peer.uid
@@ -182,6 +195,7 @@ class Desk:
         self._speaks(connection, session, "UNSUBSCRIBE")
         if session.state in SESSION.final:
             return {}
+        self.luod.leaving.add(session.client)
         await self.luod.director.abort_session(session, "its client unsubscribed")
         return {}
 
@@ -256,7 +270,7 @@ class Desk:
     async def claim(self, connection: Connection, command: Any) -> tuple[Reply, str] | None:
         """Hand a session back. Returns the reply and the name of the fd that goes with it, or None when it was sent already."""
         client = check_client_id(command.id)
-        async with self._lock(client):
+        async with self.luod.lock(client):
             session = self._mine(connection, client, "CLAIM")
             if session.state == S.LOST:
                 raise Refused("LOST", f"session {session.id} is lost: {session.reason}", hint="start cold")
@@ -279,6 +293,10 @@ class Desk:
                 speaker.close()
             if session.state in (S.REBOOTING, *OUTGOING):
                 await self._retrieve(session)
+            elif not self.luod.held.has(session.kernel_name):
+                await self._missing(session)
+            elif session.state == S.FAILED:
+                await self.luod.ending.retry(session, f"uid {connection.peer.uid}")
             self.luod.attach(client, connection)
             session = self.engine.book.session(session.id) or session
             reply = {
@@ -296,11 +314,22 @@ class Desk:
                 raise Refused("GONE", f"the session could not be handed over: {handed.message}")
         return None
 
+    async def _missing(self, session: Session) -> None:
+        """Look what became of a session that luod and its second holder have both lost; return if it could be had again."""
+        there = await self.luod.ending.is_there(session)
+        if there == "no" and session.state != S.FAILED:
+            cause = "luod and its second holder have both lost it, and no client held it"
+            await self.engine.record((session.id, ev.SessionLost(cause)))
+            self.luod.spawn(self.luod.director.close_if_done)
+            raise Refused("LOST", f"session {session.id} is lost: {cause}", hint="start cold")
+        if there != "yes":
+            raise Refused(
+                "GONE", f"luod no longer holds session {session.id}",
+                hint="the process that has its fd can give it back with ADOPT",
+            )  # fmt: skip
+
     async def _retrieve(self, session: Session) -> None:
-        intent = Intent(
-            session.id, f"{session.id}/retrieve", "session.retrieve", {"name": session.kernel_name}
-        )
-        (got,) = await self.engine.perform(intent)
+        (got,) = await self.engine.perform(retrieve(session))
         if got.status == "done":
             await self.engine.record((session.id, ev.SessionRetrieved()))
             return
@@ -341,7 +370,7 @@ class Desk:
     async def finished(self, connection: Connection, command: Any) -> Reply:
         """The client says that FINISH has run; luod looks for itself."""
         session = self._mine(connection, command.id, "FINISHED")
-        async with self._lock(session.client):
+        async with self.luod.lock(session.client):
             session = self.engine.book.session(session.id) or session
             if session.state == S.FINISHED:
                 return {"state": session.state}
@@ -353,7 +382,12 @@ class Desk:
                     "OPEN_STEPS", f"session {session.id} has open steps: {', '.join(session.open_steps()[:5])}",
                     hint="report each with RESTORED before FINISH",
                 )  # fmt: skip
-            if not await self._end_if_finished(session):
+            if (
+                not self.luod.held.has(session.kernel_name)
+                and await self.luod.ending.is_there(session) == "no"
+            ):
+                await self._finished_by(session, "client")
+            elif not await self._end_if_finished(session):
                 raise Refused(
                     "NOT_FINISHED", f"session {session.id} still holds its files",
                     hint="run the LIVEUPDATE_SESSION_FINISH ioctl first",
@@ -362,7 +396,7 @@ class Desk:
 
     async def look_for_finish(self, session: Session) -> bool:
         """Ask the kernel whether a claimed session has been finished by a client that does not say so."""
-        async with self._lock(session.client):
+        async with self.luod.lock(session.client):
             now = self.engine.book.session(session.id)
             if now is None or now.state not in (S.RETRIEVED, S.RESTORED) or now.doubts():
                 return False
@@ -374,6 +408,10 @@ class Desk:
         fd = self.luod.held.get(session.kernel_name)
         if not await anyio.to_thread.run_sync(effects.finished, self.luod.kernel, fd):
             return False
+        await self._finished_by(session, "marker")
+        return True
+
+    async def _finished_by(self, session: Session, proof: Literal["marker", "client"]) -> None:
         facts: list[tuple[str, ev.Event]] = []
         if session.open_steps():
             open_ = ", ".join(session.open_steps()[:5])
@@ -381,16 +419,14 @@ class Desk:
         else:
             if session.state == S.RETRIEVED:
                 facts.append((session.id, ev.SessionRestored()))
-            facts.append((session.id, ev.SessionFinished("marker")))
+            facts.append((session.id, ev.SessionFinished(proof)))
         await self.engine.record(*facts)
         await self.release(session)
         self.luod.spawn(self.luod.director.close_if_done)
-        return True
 
     async def release(self, session: Session) -> Effect:
         """Let luod and its second holder close a session."""
-        intent = Intent(session.id, f"{session.id}/release", "session.release", {"name": session.kernel_name})
-        (released,) = await self.engine.perform(intent)
+        (released,) = await self.engine.perform(release(session))
         return released
 
     async def left(self, connection: Connection, clients: Sequence[str]) -> None:
@@ -400,9 +436,7 @@ class Desk:
             if session is None:
                 continue
             if session.state == S.NEW and self.luod.connection(session) is None:
-                await self.engine.record(
-                    (session.id, ev.SessionAborted("its client left before anything was preserved"))
-                )
+                await self.luod.ending.left(session, "its client left before anything was preserved")
             elif session.state in (S.RETRIEVED, S.RESTORED):
                 await self._try_look(session)
 

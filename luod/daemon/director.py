@@ -59,22 +59,28 @@ class Director:
             if current.state == U.PREPARING and current.paused and not current.abort_reason:
                 self._spawn(current.id)
                 return current.id
-            raise Refused(
-                "UPDATE_RUNNING",
-                f"{current.id} is {current.state}",
-                hint="`luoctl wait` for it, or `luoctl abort`",
-            )
-        open_ = [session.id for session in book.live_sessions() if session.state in UNFINISHED]
+            if current.state != U.RECOVERING:
+                raise _running(current)
+        open_ = [session for session in book.live_sessions() if self._unfinished(session)]
         if open_ and not force:
+            names = ", ".join(session.id for session in open_[:5])
             raise Refused(
                 "UNFINISHED",
-                f"{len(open_)} sessions of an earlier update are not finished: {', '.join(open_[:5])}",
+                f"{len(open_)} sessions of an earlier update are not finished: {names}",
                 hint="their memory would be lost: let their clients finish, or use --force to lose them",
             )
         if not await anyio.to_thread.run_sync(self.luod.kernel.loaded):
             raise Refused(
                 "NO_IMAGE", "no next kernel is loaded", hint="`luoctl load IMAGE --cmdline ...` first"
             )
+        for session in open_:
+            await self.luod.ending.give_up(session, f"uid {by_uid} forced another update")
+        for session in self._silent():
+            await self.luod.ending.left(session, "its client died while luod was away")
+        await self.close_if_done()
+        current = book.current_update()
+        if current is not None:  # another caller was quicker
+            raise _running(current)
         number = len(book.updates()) + 1
         update = update_id(number)
         limit = deadline_s or self.luod.config.deadlines.update_s
@@ -113,7 +119,9 @@ class Director:
         self.luod.pulse.beat()
         update = self.engine.book.current_update()
         if update is None or session.policy != "required" or session.update != update.id:
-            self.luod.spawn(self._undo_sessions, [session.id], reason)
+            self.luod.spawn(self.luod.ending.undo, [session.id], reason)
+        elif not self._driving:
+            await self.abort(f"{session.id}: {reason}")
 
     def resume(self, update: Update) -> None:
         """Take an update up again after luod was restarted."""
@@ -145,7 +153,10 @@ class Director:
     async def _drive(self, update: str) -> None:
         try:
             if not self._update(update).abort_reason:
-                await self._prepare(update)
+                try:
+                    await self._prepare(update)
+                except Refused as error:  # an effect that only a person can settle
+                    await self._stop(update, f"{error.message}: {error.hint}")
             if self._update(update).abort_reason:
                 await self._undo(update)
         finally:
@@ -166,7 +177,7 @@ class Director:
         for session in going:
             if self._session(session).state == S.PRESERVED:
                 self.freeze(self._session(session), freeze_by)
-        going = await self._barrier(update, "ready", freeze_by, dropped)
+        going = await self._barrier(update, "ready", freeze_by, dropped, going)
         if going is None:
             return
         try:
@@ -209,8 +220,13 @@ class Director:
         await self.engine.record(*back, (update, ev.UpdateRefused(errno, message)))
         await self._stop(update, f"the kernel refused the kexec: {errno} {message}".strip())
 
-    async def _barrier(self, update: str, name: str, deadline: float, dropped: list[str]) -> list[str] | None:
-        """Wait at a barrier; return the sessions that passed, or None when the update is being undone."""
+    async def _barrier(
+        self, update: str, name: str, deadline: float, dropped: list[str], among: Sequence[str] = ()
+    ) -> list[str] | None:
+        """Wait at a barrier; return the sessions that passed, or None when the update is being undone.
+
+        The second barrier is `among` those that passed the first: who subscribes in between has come too late for this update.
+        """
         since = now()
         while True:
             beat = self.luod.pulse.current()
@@ -221,7 +237,7 @@ class Director:
                 await self._invite(update)
             verdict = barrier.judge(
                 name,
-                [one for one in self._participants(update) if one.id not in dropped],
+                [one for one in self._participants(update, among) if one.id not in dropped],
                 now=now(),
                 since=since,
                 deadline=deadline,
@@ -229,7 +245,7 @@ class Director:
             )
             for trouble in verdict.drop:
                 dropped.append(trouble.session)
-                self.luod.spawn(self._undo_sessions, [trouble.session], trouble.why)
+                self.luod.spawn(self.luod.ending.undo, [trouble.session], trouble.why)
             if verdict.abort:
                 await self._stop(update, verdict.abort)
                 return None
@@ -239,11 +255,13 @@ class Director:
                 with anyio.move_on_after(max(0.0, verdict.wake - now()) + 0.001):
                     await beat.wait()
 
-    def _participants(self, update: str) -> list[Session]:
+    def _participants(self, update: str, among: Sequence[str] = ()) -> list[Session]:
         """Return everybody the update has to wait for: also those that subscribed and have no kernel session yet.
 
         After a restart of luod their connections are gone for a moment; an update that went on without them would lose them.
         """
+        if among:
+            return [self._session(one) for one in among]
         return [one for one in self.engine.book.sessions() if one.update == update or one.state == S.NEW]
 
     def _joining(self) -> list[Session]:
@@ -251,15 +269,32 @@ class Director:
         return [
             one
             for one in book.live_sessions()
-            if one.state == S.NEW and self.luod.connection(one) is not None
+            if self._may_join(one) and self.luod.connection(one) is not None
         ]
+
+    def _may_join(self, session: Session) -> bool:
+        return session.state == S.NEW and not session.abort_reason
+
+    def _silent(self) -> list[Session]:
+        """Return the subscribed sessions whose process has died while no luod could see it."""
+        return [
+            one
+            for one in self.engine.book.live_sessions()
+            if one.state == S.NEW and self.luod.connection(one) is None and self.luod.is_gone(one)
+        ]
+
+    def _unfinished(self, session: Session) -> bool:
+        """Say whether a kernel session of an earlier boot waits for its client. Another kexec destroys it."""
+        if session.state in OUTGOING:
+            return max((at.id, at.boot_id) for at in session.entered.values())[1] != self.engine.boot_id
+        return session.state in UNFINISHED
 
     async def _invite(self, update: str) -> None:
         """Give every subscribed client that has none yet its kernel session."""
-        fresh = [one for one in self._joining() if not one.abort_reason]
-        if not fresh:
-            return
+        fresh = self._joining()
         for kind in ("create", "mark"):
+            if not fresh:
+                return
             intents = [
                 Intent(
                     one.id, f"{one.id}/{kind}", f"session.{kind}", {"name": one.kernel_name, "session": one.id},
@@ -272,11 +307,14 @@ class Director:
                 why = f"its kernel session could not be made: {bad[one.id].message}"
                 if one.policy == "required":
                     await self._stop(update, f"{one.id}: {why}")
-                await self._undo_sessions([one.id], why)
-            fresh = [one for one in fresh if one.id not in bad]
+                await self.luod.ending.undo([one.id], why)
+            fresh = [one for one in map(self._session, [one.id for one in fresh]) if self._may_join(one)]
         if self._update(update).abort_reason or not fresh:
             return
-        await self.engine.record(*((one.id, ev.SessionCreated(update, one.kernel_name)) for one in fresh))
+        try:
+            await self.engine.record(*((one.id, ev.SessionCreated(update, one.kernel_name)) for one in fresh))
+        except IllegalTransition:
+            return  # one of them has left meanwhile: the barrier looks again
         await self.hand(*(one.id for one in fresh))
 
     async def hand(self, *sessions: str) -> None:
@@ -332,61 +370,11 @@ class Director:
     async def _undo(self, update: str) -> None:
         reason = self._update(update).abort_reason
         mine = [one.id for one in self._participants(update) if one.state in OUTGOING]
-        await self._undo_sessions(mine, reason)
+        await self.luod.ending.undo(mine, reason)
         await self.luod.pulse.until(
             lambda: not any(one.state in OUTGOING for one in self._participants(update)), float("inf")
         )
         await self.engine.record((update, ev.UpdateAborted(reason)))
-
-    async def _undo_sessions(self, sessions: Sequence[str], reason: str) -> None:
-        """Undo sessions: their clients go on, close their fd and say so; luod and its second holder let go."""
-        book = self.engine.book
-        todo = [book.session(one) for one in sessions]
-        open_ = [
-            one
-            for one in todo
-            if one is not None and one.state in (S.NEW, *OUTGOING) and one.id not in self.luod.undoing
-        ]
-        self.luod.undoing |= {one.id for one in open_}
-        try:
-            asked: list[tuple[str, ev.Event]] = []
-            for one in open_:
-                if not one.abort_reason:
-                    asked.append((one.id, ev.SessionAbortRequested(reason)))
-                if one.state == S.READY:
-                    asked.append((one.id, ev.SessionThawed(reason)))
-            if asked:
-                await self.engine.record(*asked)
-            limit = self.luod.config.deadlines.abort_s
-            for one in open_:
-                self.luod.tell(one, {"event": "RESUME", "id": one.client, "reason": reason})
-                self.luod.tell(
-                    one, {"event": "ABORT", "id": one.client, "reason": reason, "deadline_s": limit}
-                )
-            await self.engine.perform(
-                *(
-                    Intent(one.id, f"{one.id}/release", "session.release", {"name": one.kernel_name})
-                    for one in open_
-                    if f"{one.id}/create" in one.effects
-                )
-            )
-            await self.luod.pulse.until(lambda: all(self.luod.let_go(one) for one in open_), now() + limit)
-            gone: list[tuple[str, ev.Event]] = []
-            for one in open_:
-                holder = "" if self.luod.let_go(one) else self.luod.holder(one)
-                gone.append((one.id, ev.SessionAborted(reason, holder)))
-            if gone:
-                await self.engine.record(*gone)
-            for one in open_:
-                await self.luod.rebind(one)
-        finally:
-            self.luod.undoing -= {one.id for one in open_}
-            self.luod.pulse.beat()
-
-    async def undo_again(self, sessions: Sequence[str]) -> None:
-        """Go on undoing sessions that a dead luod had begun to undo."""
-        for session in sessions:
-            await self._undo_sessions([session], self._session(session).abort_reason)
 
     # -- after the kexec
 
@@ -424,6 +412,12 @@ class Director:
         if began is None or update.deadline_s <= 0:
             return float("inf")
         return began.boot_ns / 1e9 + update.deadline_s
+
+
+def _running(update: Update) -> Refused:
+    return Refused(
+        "UPDATE_RUNNING", f"{update.id} is {update.state}", hint="`luoctl wait` for it, or `luoctl abort`"
+    )
 
 
 def pid_alive(pid: int) -> bool:

@@ -8,6 +8,7 @@ is killed at any instant of `create` or `retrieve` finds the fd there afterwards
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,10 +25,18 @@ RING = "luod.ring"
 
 
 class Held:
-    """luod's own copies of fds, by name. Closing is always by name, so nothing is closed twice."""
+    """luod's own copies of fds, by name. Closing is always by name, so nothing is closed twice.
+
+    `settled` is held while a name is let go of, or is given to a new second holder: the two must not cross.
+    """
 
     def __init__(self) -> None:
         self._fds: dict[str, int] = {}
+        self.settled = threading.Lock()
+
+    def names(self) -> set[str]:
+        """Return the names under which fds are held."""
+        return set(self._fds)
 
     def put(self, name: str, fd: int) -> None:
         """Keep `fd` under a name; an older copy is closed."""
@@ -139,8 +148,9 @@ class Release(_Base):
     def apply(self, intent: Intent) -> dict[str, Json]:
         """Close both copies; harmless when they are closed already."""
         name = str(intent.args["name"])
-        self.custody.remove(name)
-        self.held.drop(name)
+        with self.held.settled:
+            self.held.drop(name)
+            self.custody.remove(name)
         return {}
 
     def probe(self, intent: Intent) -> Probe:
@@ -264,10 +274,10 @@ class BoxFinish(_Base):
         """Finish and let go; harmless when it is gone already."""
         if self.adopt(BLACK_BOX_SESSION):
             self.kernel.finish(self.held.get(BLACK_BOX_SESSION))
-        self.custody.remove(BLACK_BOX_SESSION)
-        self.custody.remove(RING)
-        self.held.drop(BLACK_BOX_SESSION)
-        self.held.drop(RING)
+        with self.held.settled:
+            for name in (BLACK_BOX_SESSION, RING):
+                self.held.drop(name)
+                self.custody.remove(name)
         return {}
 
     def probe(self, intent: Intent) -> Probe:

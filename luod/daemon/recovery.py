@@ -21,11 +21,11 @@ from ..journal.ring import merge
 from ..states import events as ev
 from ..states.fold import Session
 from ..states.names import BLACK_BOX_SESSION
-from ..states.table import SESSION
 from ..states.table import SessionState as S
 from ..states.table import UpdateState as U
 from .blackbox import BoxNews, look
 from .effects import RING
+from .second_holder import release_ended
 
 if TYPE_CHECKING:
     from .core import Luod
@@ -43,8 +43,9 @@ async def recover(luod: Luod) -> None:
     held: HeldAnswer = "unknown"
     news: BoxNews = "consumed"
     why = ""
-    if fresh:
+    if fresh or _unjudged(luod):
         held, news, records, why = await anyio.to_thread.run_sync(look, luod.kernel, luod.custody, luod.held)
+        news = _known_news(luod) or news
         tail = merge(luod.journal.head(), records, chain_at=luod.journal.chain_at)
         if tail:
             news = "merged"
@@ -65,7 +66,7 @@ async def recover(luod: Luod) -> None:
     await engine.settle()
     if engine.book.daemon().box_boot_id == engine.boot_id:
         await anyio.to_thread.run_sync(_adopt_box, luod)
-    if not fresh:
+    if not fresh and not _unjudged(luod):
         update = book.current_update()
         held = {"absent": "no", "": "unknown"}.get(update.box, "yes") if update else "unknown"  # type: ignore[assignment]
     await _sessions(luod, held, why)
@@ -74,6 +75,21 @@ async def recover(luod: Luod) -> None:
     if incoming is not None and incoming.boot_id == engine.boot_id:
         await engine.perform(Intent("luod", "luod/box.finish", "box.finish"))
     await luod.director.close_if_done()
+
+
+def _unjudged(luod: Luod) -> bool:
+    """Say whether an earlier luod of this boot died before it had said what became of the update that led here.
+
+    Until then the black box is not finished, so looking once more finds the same.
+    """
+    update = luod.engine.book.current_update()
+    return update is not None and update.state == U.REBOOTING and update.reboot_boot_id != luod.engine.boot_id
+
+
+def _known_news(luod: Luod) -> BoxNews | None:
+    """Return what an earlier luod of this boot has found in the black box, if one has looked."""
+    seen = luod.engine.book.daemon().effects.get("luod/box.retrieve")
+    return seen.result.get("box") if seen is not None and seen.boot_id == luod.engine.boot_id else None
 
 
 def _adopt_box(luod: Luod) -> None:
@@ -92,9 +108,13 @@ async def _sessions(luod: Luod, boot_held: HeldAnswer, why: str) -> None:
     for session in book.live_sessions():
         if session.id in book.unknown:
             continue
+        if session.state == S.FAILED and session.done(f"{session.id}/release"):
+            continue  # nothing is held of it; a person ends it
         same = _last_boot(session) == engine.boot_id
         if same:
             held: HeldAnswer = "yes" if session.kernel_name in names else "no"
+            if held == "no" and session.state in (S.RETRIEVED, S.RESTORED, S.FAILED):
+                held = await luod.ending.is_there(session)
         else:
             held = boot_held
         action = session_action(session.state, "same" if same else "other", held)
@@ -123,24 +143,10 @@ async def _sessions(luod: Luod, boot_held: HeldAnswer, why: str) -> None:
             and same
         ):
             undo.append(session.id)
-    await _release_ended(luod, names)
+    await release_ended(luod, names)
     update = book.current_update()
     if undo and (update is None or not update.abort_reason):
-        luod.spawn(luod.director.undo_again, undo)
-
-
-async def _release_ended(luod: Luod, names: set[str]) -> None:
-    """Let go of what the second holder still has of sessions that have ended."""
-    ended = [
-        one for one in luod.engine.book.sessions() if one.state in SESSION.final and one.kernel_name in names
-    ]
-    await luod.engine.perform(
-        *(Intent(one.id, f"{one.id}/release", "session.release", {"name": one.kernel_name}) for one in ended),
-        again=True,
-    )
-    known = {one.kernel_name for one in luod.engine.book.sessions()} | {BLACK_BOX_SESSION, RING}
-    for name in sorted(names - known):
-        log.warning("the second holder has %s, of which the journal knows nothing; it is left alone", name)
+        luod.spawn(luod.ending.undo, undo)
 
 
 def _adopt(luod: Luod, session: Session) -> None:

@@ -232,9 +232,6 @@ def test_hello_of_another_version(wire: Wire) -> None:
     assert (answer["version"], answer["features"]) == (1, ["freeze"])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="luod binds an unsubscribed client again because it is still connected"
-)
 def test_unsubscribe_is_for_good(wire: Wire, shared_world: World) -> None:
     assert wire.reply(cmd="SUBSCRIBE", id="leaver")["ok"] is True
     assert wire.reply(cmd="UNSUBSCRIBE", id="leaver")["ok"] is True
