@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from . import replies
 from .states import events as ev
 from .states.errors import BadName
 from .states.names import check_client_id, parse_token, token_text
@@ -240,8 +241,19 @@ def to_resource(declared: Declared) -> ev.Resource:
 
 
 def schema() -> dict[str, Any]:
-    """Return the JSON schema of all commands."""
-    return msgspec.json.schema(AnyCommand)
+    """Return the JSON schemas of all messages: `commands`, `events`, the reply to each command, and a `refusal`."""
+    kinds: list[Any] = [AnyCommand, replies.AnyEvent, replies.Refusal, *replies.REPLIES.values()]
+    (commands, events, refusal, *answers), shared = msgspec.json.schema_components(
+        kinds, ref_template="#/$defs/{name}"
+    )
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "commands": commands,
+        "events": events,
+        "replies": dict(zip(replies.REPLIES, answers, strict=True)),
+        "refusal": refusal,
+        "$defs": shared,
+    }
 
 
 CODES: dict[str, str] = {
