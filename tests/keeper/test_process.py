@@ -56,10 +56,15 @@ class Process:
 
 
 @pytest.fixture
-def emulator(tmp_path: Path) -> Iterator[Path]:
+def machine(tmp_path: Path) -> Iterator[Emulator]:
     running = Emulator.start(tmp_path / "emu")
-    yield tmp_path / "emu"
+    yield running
     running.stop()
+
+
+@pytest.fixture
+def emulator(machine: Emulator) -> Path:
+    return machine.directory
 
 
 @pytest.fixture
@@ -94,6 +99,29 @@ fd = Keeper(Path(sys.argv[1])).create(sys.argv[2])
 print("held", flush=True)
 signal.pause()
 """
+
+
+@pytest.mark.parametrize("at", ["call", "reply"])
+def test_luod_killed_while_the_kernel_works(
+    keeper: Process, machine: Emulator, tmp_path: Path, at: str
+) -> None:
+    """Whether the session was not yet made or already made when luod died: it is made once, and held."""
+    with machine.control(timeout=PATIENCE_S) as control:
+        fault = control.inject(at, op="CREATE_SESSION", session=NAME)
+        luod = subprocess.Popen(
+            [sys.executable, "-c", LUOD, str(tmp_path / "run"), NAME], stdout=subprocess.PIPE
+        )
+        control.wait_hit(fault)
+        luod.kill()
+        luod.wait(PATIENCE_S)
+        assert luod.stdout is not None
+        luod.stdout.close()
+        assert keeper.client.names() == [], "the keeper serves others meanwhile"
+        control.release(fault)
+        with closing(keeper.client.create(NAME)) as (fd,):
+            assert open_kernel("emulated", directory=machine.directory).session_name(fd) == NAME
+        assert [(call["op"], call["session"]) for call in control.audit()] == [("CREATE_SESSION", NAME)]
+    assert keeper.client.names() == [NAME]
 
 
 def test_the_kernel_refuses_through_the_keeper(keeper: Process) -> None:
