@@ -88,14 +88,13 @@ def show(
 ) -> None:
     """Show records, one a line."""
     with open_source(socket, path) as source:
-        wanted = _bounded(source.records(after, stream), until)
-        some = islice(wanted, limit)
+        records = source.records(after, stream)
+        some = islice(_bounded(records, until), limit)
         if as_json:
             _show_json(some)
         else:
             _show_text(some)
-        for _ in wanted if path is not None else ():
-            continue  # what is left is read too: whether a file is whole must not depend on how much of it is shown
+        _read_on(records, path)
         if as_json:
             found = damage_json(source.report())
             sys.stdout.write("],")
@@ -105,6 +104,13 @@ def show(
 
 def _bounded(records: Iterator[Record], until: int | None) -> Iterator[Record]:
     return records if until is None else takewhile(lambda record: record.id <= until, records)
+
+
+def _read_on(records: Iterator[Record], path: Path | None) -> None:
+    """Read what is left of a file: whether it is whole must not depend on how much of it is shown."""
+    if path is not None:
+        for _ in records:
+            continue
 
 
 def _show_json(records: Iterator[Record]) -> None:
@@ -163,9 +169,7 @@ def replay(socket: str, path: Path | None, until: int | None, as_json: bool) -> 
     with open_source(socket, path) as source:
         records = source.records()
         state = rebuild.rebuild(_bounded(records, until))
-        if path is not None:
-            for _ in records:
-                continue
+        _read_on(records, path)
         report = source.report()
     found = {**state, **damage_json(report)}
     if as_json:

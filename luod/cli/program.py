@@ -23,7 +23,7 @@ from .printing import clean, print_json
 
 DEFAULT_SOCKET = "/run/luod/liveupdate.sock"
 USAGE, UNREACHABLE, INTERRUPTED, PIPE_CLOSED = 2, 3, 130, 141
-WRONG_ARGUMENT = frozenset({"BAD_FIELD", "BAD_ID", "BAD_IMAGE"})
+WRONG_ARGUMENT = frozenset({"BAD_FIELD", "BAD_ID", "BAD_IMAGE", "LINE_TOO_LONG"})
 NO_KERNEL = frozenset({
     "DEVICE_ABSENT", "DEVICE_DISABLED", "DEVICE_BUSY", "DEVICE_BROKEN", "DEVICE_DENIED",
 })  # fmt: skip
@@ -160,6 +160,10 @@ def run(argv: Sequence[str]) -> int:
             code = report(mistaken(error), as_json)
         except click.ClickException as error:
             code = report(Mistaken(error.format_message()), as_json)
+        except UnicodeEncodeError as error:
+            shown = error.object.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+            wrong = Mistaken(f"{shown[:80]!r} is not UTF-8", hint="names and texts must be")
+            code = report(wrong, as_json)
         except (KeyboardInterrupt, click.Abort):
             code = INTERRUPTED
         sys.stdout.flush()

@@ -142,6 +142,8 @@ def test_damage_in_the_middle(offline: Luoctl, copy: Path) -> None:
     assert shown == [one for one in whole if one["id"] != 5], "what stands before and behind is shown"
     limited = ask(offline, ("show",), copy, "--limit", 2)
     assert (limited.code, len(limited.out.splitlines())) == (4, 3), "also when what is shown is whole"
+    for verb in ("show",), ("replay",):
+        assert ask(offline, verb, copy, "--until", 2).code == 4
     assert fingerprint(copy.parent) == before
 
 

@@ -79,7 +79,8 @@ def test_bad_settings(offline: Luoctl, tmp_path: Path, text: str, message: str) 
     assert (answer.code, answer.out) == (2, "")
     assert answer.err.startswith(f"luoctl: configuration {file}" if "emulated" not in text else "luoctl: ")
     assert message in answer.err
-    assert len(answer.err.splitlines()) <= 2
+    assert answer.err.splitlines()[1].startswith("hint: ")
+    assert len(answer.err.splitlines()) == 2
     assert offline("check-config", file, "--json").json["error"]["code"] == "CONFIG_ERROR"
 
 
