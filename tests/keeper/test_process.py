@@ -190,7 +190,7 @@ def test_the_sockets_of_a_killed_keeper_are_taken_over(
         assert heir.client.names() == []
 
 
-def test_it_tells_a_service_manager(tmp_path: Path, emulator: Path) -> None:
+def test_it_tells_whoever_started_it(tmp_path: Path, emulator: Path) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.settimeout(PATIENCE_S)
         sock.bind(str(tmp_path / "notify"))
@@ -198,7 +198,7 @@ def test_it_tells_a_service_manager(tmp_path: Path, emulator: Path) -> None:
             assert sock.recv(100) == b"READY=1"
 
 
-def test_a_service_manager_that_is_gone_does_not_end_it(tmp_path: Path, emulator: Path) -> None:
+def test_nobody_listening_for_readiness_does_not_end_it(tmp_path: Path, emulator: Path) -> None:
     with Process(tmp_path / "run", emulator, environ={"NOTIFY_SOCKET": str(tmp_path / "gone")}) as running:
         assert running.client.names() == []
 
