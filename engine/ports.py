@@ -121,6 +121,10 @@ class Kernel(Protocol):
         """FINISH: end an incoming session; what was not retrieved is destroyed."""
         ...
 
+    def is_session(self, fd: int) -> bool:
+        """Say whether an fd is a session of this kernel, without asking the fd, which may be anybody's."""
+        ...
+
     def session_name(self, session_fd: int) -> str:
         """GET_NAME: return the name of a session."""
         ...

@@ -123,12 +123,28 @@ class EmulatedSyscalls:
             "put liveupdate=on kho=on on the command line of the next kernel",
         )
 
+    def is_session(self, fd: int) -> bool:
+        """Look at who made the other end of the socket: a session's is the emulator's own."""
+        with wire.connect(self._directory, wire.CONTROL_SOCKET, socket.SOCK_STREAM) as control:
+            kernel = _peer(control.fileno())
+        return kernel is not None and _peer(fd) == kernel
+
     def describe(self) -> str:
         """Name the socket that stands for the device."""
         return str(self._directory / wire.DEVICE_SOCKET)
 
     def _control(self) -> Control:
         return Control(self._directory)
+
+
+def _peer(fd: int) -> tuple[int, ...] | None:
+    """Return the credentials of the other end of a socket; None for what is no socket."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
+            return wire.CREDENTIALS.unpack(data)
+    except OSError:
+        return None
 
 
 def _send(fd: int, data: bytes, rights: list[int]) -> None:

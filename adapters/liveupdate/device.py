@@ -247,6 +247,10 @@ class LiveUpdate:
         """End an incoming session: what was retrieved lives on in its fds, what was not is destroyed. Again: no effect."""
         self._session_call(session_fd, abi.FINISH, abi.pack_finish())
 
+    def is_session(self, fd: int) -> bool:
+        """Say whether an fd is a session of this kernel; nothing is asked of the fd itself."""
+        return self.syscalls.is_session(fd)
+
     def session_name(self, session_fd: int) -> str:
         """Return the name of the session behind an fd; it tells a session fd from any other."""
         buf = abi.pack_name()

@@ -53,6 +53,10 @@ class Syscalls(Protocol):
         """Say what an error of `open_device` means on this machine, and what to do about it."""
         ...
 
+    def is_session(self, fd: int) -> bool:
+        """Say whether an fd is a session of this kernel, without asking the fd anything: it may be somebody's trap."""
+        ...
+
     def describe(self) -> str:
         """Name the device for messages."""
         ...
@@ -139,6 +143,13 @@ class RealSyscalls:
     def diagnose(self, error: OSError) -> DeviceStatus:
         """Look into /proc for the reason."""
         return diagnose(error, self._device)
+
+    def is_session(self, fd: int) -> bool:
+        """Look at the link that /proc shows: LUO names its anonymous inodes (kernel/liveupdate/luo_session.c)."""
+        try:
+            return os.readlink(f"/proc/self/fd/{fd}").startswith("anon_inode:[luo_session]")
+        except OSError:
+            return False
 
     def describe(self) -> str:
         """Name the device node."""

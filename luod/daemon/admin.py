@@ -167,8 +167,12 @@ class Admin:
     async def load(self, connection: Connection, command: Any) -> Reply:
         """Load the next kernel and record what it is."""
         self._only_admin(connection, "LOAD")
+        if "\0" in command.cmdline:
+            raise Refused("BAD_FIELD", "LOAD: a command line cannot hold a NUL byte")
         async with self._loading:
             kernel, initrd = Path(command.kernel), command.initrd or ""
+            if any("\0" in text for text in (command.kernel, initrd, command.cmdline)):
+                raise Refused("BAD_FIELD", "LOAD: a NUL byte ends a path", hint="give it without")
             digest = await anyio.to_thread.run_sync(_digest, kernel)
             initrd_digest = await anyio.to_thread.run_sync(_digest, Path(initrd)) if initrd else ""
             args = {"kernel": str(kernel), "initrd": initrd, "cmdline": command.cmdline}
@@ -237,11 +241,17 @@ def page(rows: list[Reply], after: str) -> tuple[list[Reply], str | None]:
 
 def _digest(path: Path) -> str:
     try:
+        if not path.is_file():  # a FIFO or a device would never end
+            raise Refused("BAD_IMAGE", f"{path} is no file", hint="give the path of a kernel image")
         with path.open("rb") as file:
             digest = blake2b(digest_size=16)
             while block := file.read(1 << 20):
                 digest.update(block)
             return digest.hexdigest()
+    except ValueError:
+        raise Refused(
+            "BAD_IMAGE", f"{str(path)!r} is no path", hint="give the path of a kernel image"
+        ) from None
     except OSError as error:
         raise Refused(
             "BAD_IMAGE", f"{path} cannot be read: {error.strerror}", hint="give the path of a kernel image"

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +100,7 @@ class Luod:
             del self._by_client[client]
         for client in mine:
             self._forget_peer(client)
+            self._await_end(client)
         self._close_unwatched(connection.peer)
         self.pulse.beat()
         return mine
@@ -111,6 +113,31 @@ class Luod:
         ):
             return
         self._close_unwatched(self._peers.pop(client, None))
+
+    def watch_owner(self, session: Session) -> None:
+        """Watch the process of a client that this luod has not heard of yet, so that its death is seen."""
+        if session.owner is None or session.client in self._peers:
+            return
+        owner = session.owner
+        try:
+            pidfd = os.pidfd_open(owner.pid)
+        except OSError:
+            return
+        self._peers[session.client] = Peer(owner.pid, owner.uid, owner.gid, pidfd)
+        self._await_end(session.client)
+
+    def _await_end(self, client: str) -> None:
+        peer = self._peers.get(client)
+        if peer is not None and peer.pidfd >= 0:
+            self.spawn(self._beat_at_end, peer)
+
+    async def _beat_at_end(self, peer: Peer) -> None:
+        """Look again when a process has died: its connection ends a moment before it does, or long before."""
+        try:
+            await anyio.wait_readable(peer.pidfd)
+        except (anyio.ClosedResourceError, anyio.BusyResourceError, OSError):
+            return  # nobody watches it any more, or somebody does already
+        self.pulse.beat()
 
     def _close_unwatched(self, peer: Peer | None) -> None:
         """Let go of the pidfd of a process that neither speaks nor is watched any more."""

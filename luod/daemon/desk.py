@@ -250,6 +250,10 @@ class Desk:
             raise Refused(
                 "BAD_FDS", f"ADOPT needs one fd, {len(fds)} came", hint="send the session fd with the message"
             )
+        if not await anyio.to_thread.run_sync(self.luod.kernel.is_session, fds[0]):
+            raise Refused(
+                "BAD_FDS", "the fd of ADOPT is no live-update session", hint="send the session fd itself"
+            )
         name = await anyio.to_thread.run_sync(self.luod.kernel.session_name, fds[0])
         if name != session.kernel_name:
             raise Refused("NOT_YOURS", f"that fd is of session {name!r}, not of {session.client!r}")
@@ -435,8 +439,11 @@ class Desk:
             session = self.engine.book.of_client(client)
             if session is None:
                 continue
-            if session.state == S.NEW and self.luod.connection(session) is None:
-                await self.luod.ending.left(session, "its client left before anything was preserved")
+            if session.state == S.NEW:
+                async with self.luod.lock(client):  # it may be coming back right now
+                    session = self.engine.book.of_client(client) or session
+                    if session.state == S.NEW and self.luod.connection(session) is None:
+                        await self.luod.ending.left(session, "its client left before anything was preserved")
             elif session.state in (S.RETRIEVED, S.RESTORED):
                 await self._try_look(session)
 

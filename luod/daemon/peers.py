@@ -12,6 +12,8 @@ import select
 import socket
 import struct
 
+import anyio
+
 from ..states.events import Owner
 
 SO_PEERPIDFD = 77
@@ -65,5 +67,6 @@ class Peer:
     def close(self) -> None:
         """Let go of the pidfd."""
         if self.pidfd >= 0:
+            anyio.notify_closing(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1

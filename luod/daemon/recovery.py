@@ -120,6 +120,8 @@ async def _sessions(luod: Luod, boot_held: HeldAnswer, why: str) -> None:
         action = session_action(session.state, "same" if same else "other", held)
         if session.kernel_name in names:
             await anyio.to_thread.run_sync(_adopt, luod, session)
+        if same and session.state in (S.NEW, S.CREATED, S.PRESERVED, S.READY):
+            luod.watch_owner(session)
         match action:
             case SessionAction.THAW:
                 # a client of the plain protocol never paused for us: it stays ready

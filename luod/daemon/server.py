@@ -19,8 +19,11 @@ from typing import TYPE_CHECKING, Any
 import anyio
 
 from .. import protocol, wire
+from ..adapters.keeper.client import KeeperError
+from ..adapters.liveupdate.errors import KernelError
 from ..engine.errors import Refused
-from ..states.errors import LuodError
+from ..journal.errors import JournalError
+from ..states.errors import BadName, IllegalTransition, LuodError
 from .admin import Admin
 from .connection import Connection
 from .desk import Desk
@@ -29,6 +32,16 @@ if TYPE_CHECKING:
     from .core import Luod
 
 log = logging.getLogger("luod")
+
+
+CODE_OF: tuple[tuple[type[LuodError], str], ...] = (
+    (KernelError, "KERNEL"),
+    (KeeperError, "CUSTODY"),
+    (JournalError, "JOURNAL"),
+    (IllegalTransition, "OUT_OF_ORDER"),
+    (BadName, "BAD_ID"),
+)
+"""How errors that are no refusal of luod's own are called on the wire."""
 
 
 class SocketTaken(LuodError):
@@ -148,6 +161,13 @@ class Server:
             reply = await self._obey(connection, command, frame.fds)
         except LuodError as error:
             connection.push(_reply_error(seq, error) if seq is not None else _event_error(error))
+        except (ValueError, TypeError, LookupError, OSError) as error:
+            # One caller's odd request must not end what others' guests depend on; the journal's own failures end luod elsewhere.
+            log.exception("a command of pid %s failed", connection.peer.pid)
+            wrong = LuodError(
+                f"luod failed at this command: {error}", hint="see luod's log; this is a bug in luod"
+            )
+            connection.push(_reply_error(seq, wrong) if seq is not None else _event_error(wrong))
         else:
             if reply is not None and seq is not None:
                 self._answer(connection, seq, reply)
@@ -216,9 +236,10 @@ class Server:
 
 
 def _error(error: LuodError) -> dict[str, Any]:
-    body: dict[str, Any] = {
-        "code": getattr(error, "code", "") or type(error).__name__, "message": error.message, "hint": error.hint,
-    }  # fmt: skip
+    code = getattr(error, "code", "") or next(
+        (name for kind, name in CODE_OF if isinstance(error, kind)), "INTERNAL"
+    )
+    body: dict[str, Any] = {"code": code, "message": error.message, "hint": error.hint}
     number = getattr(error, "errno", "")
     if isinstance(number, int) and number:
         import errno as numbers

@@ -266,9 +266,6 @@ def test_many_at_once(shared_world: World) -> None:
             wire.close()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="errors that are no Refused are sent with the name of their class as code"
-)
 def test_every_refusal_has_a_listed_code(wire: Wire, shared_world: World) -> None:
     codes = set()
     wire.reply(cmd="SUBSCRIBE", id="codes")

@@ -44,10 +44,6 @@ def subscribe_many(link: Client, count: int) -> None:
         link.subscribe(f"vm-with-a-long-name-as-they-are-common-{number:04}")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="luod ends: who comes back while its old connection is being cleared away is undone, or luod dies of a second abort",
-)
 def test_a_client_that_comes_and_goes(disk_path: Path) -> None:
     with surviving(disk_path / "state") as world, Puppet(world) as puppet:
         puppet.call("SUBSCRIBE", id="again")
@@ -97,9 +93,6 @@ def test_more_sessions_than_fit_in_a_line(disk_path: Path) -> None:
             observer.ping()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="luod ends with a traceback: open() of a path with a NUL is a ValueError"
-)
 def test_paths_that_are_none(disk_path: Path) -> None:
     with surviving(disk_path / "state") as world, world.client() as admin:
         for path in ("\0", "/tmp/a\0b", "", "/", "/proc/self/mem", "x" * 4096):
@@ -111,9 +104,6 @@ def test_paths_that_are_none(disk_path: Path) -> None:
             admin.load(world.image, cmdline="a\0b")
 
 
-@pytest.mark.xfail(
-    strict=True, reason="luod calls ioctl on a fd that it was given before it knows what it is"
-)
 def test_an_adopted_fd_that_only_looks_like_a_session(disk_path: Path) -> None:
     """The fd is the client's: what it answers, or that it never answers, must not hold luod up."""
     with surviving(disk_path / "state") as world, Wire(world.socket) as wire:
