@@ -139,12 +139,18 @@ class EmulatedSyscalls:
 
 def _peer(fd: int) -> tuple[int, ...] | None:
     """Return the credentials of the other end of a socket; None for what is no socket."""
+    copy = os.dup(fd)
     try:
-        with socket.socket(fileno=os.dup(fd)) as sock:
-            data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
-            return wire.CREDENTIALS.unpack(data)
+        sock = socket.socket(fileno=copy)
     except OSError:
+        os.close(copy)
         return None
+    with sock:
+        try:
+            data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, wire.CREDENTIALS.size)
+        except OSError:
+            return None
+        return wire.CREDENTIALS.unpack(data)
 
 
 def _send(fd: int, data: bytes, rights: list[int]) -> None:
