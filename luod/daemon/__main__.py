@@ -180,6 +180,8 @@ async def _poll(server: Server) -> None:
         await server.desk.poll_claimed()
         await server.luod.ending.expire_unclaimed()
         await server.luod.second_holder.tend()
+        if server.luod.journal.checkpoint_due():
+            server.luod.checkpoint()
 
 
 def main() -> None:

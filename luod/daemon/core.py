@@ -246,7 +246,7 @@ class Luod:
         self.box.open(self.held)
 
     def checkpoint(self) -> None:
-        """Move the write-ahead log into the database now, outside the blackout, if nobody is frozen yet."""
+        """Move the write-ahead log into the database, unless somebody is frozen: it costs fsyncs that would be blackout."""
         if not any(one.state == S.READY for one in self.engine.book.live_sessions()):
             self.journal.checkpoint()
 

@@ -172,6 +172,7 @@ class Director:
         going = await self._barrier(update, "preserved", deadline, dropped)
         if going is None:
             return
+        self.luod.checkpoint()  # the last quiet moment: from here every fsync is blackout
         self.freezing = True
         freeze_by = min(deadline, now() + self.luod.config.deadlines.freeze_s)
         for session in going:
@@ -201,7 +202,6 @@ class Director:
         last_words: list[tuple[str, ev.Event]] = [(one, ev.SessionRebooting(update)) for one in going]
         last_words.append((update, ev.UpdateRebooting(tuple(going))))
         jump = Intent(update, f"{update}/reboot", "update.reboot")
-        self.luod.checkpoint()
         try:
             (effect,) = await self.engine.perform(jump, again=True, saying=last_words)
         except IllegalTransition as error:
