@@ -239,7 +239,7 @@ def show_session(one: Json) -> None:
 
 
 def _plan(resource: Json, steps: Json) -> str:
-    shown = []
+    shown: list[str] = []
     for step in resource["plan"]:
         outcome = steps.get(f"{resource['token']}/{step['step']}")
         word = "open" if outcome is None else "ok" if outcome["ok"] else f"failed {outcome['errno']}".rstrip()
@@ -252,7 +252,7 @@ def _show_times(entered: Json) -> None:
         return
     click.echo()
     before: Json | None = None
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for state, at in sorted(entered.items(), key=lambda item: int(item[1]["wall_ns"])):
         took = duration((at["wall_ns"] - before["wall_ns"]) / 1e9) if before else ""
         boot = "new kernel" if before and before["boot_id"] != at["boot_id"] else ""

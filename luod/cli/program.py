@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import io
 import os
 import re
 import sys
@@ -141,7 +142,7 @@ def run(argv: Sequence[str]) -> int:
     """Run luoctl; return its exit code. Nothing that goes wrong on purpose is raised."""
     args = list(argv)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     if "_LUOCTL_COMPLETE" in os.environ:
         program.main(args, prog_name="luoctl")

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import click
 
 from .printing import json_option, print_json
+
+TABLES = frozenset({"deadlines", "limits"})
 
 
 @click.command("check-config")
@@ -20,7 +24,7 @@ def check_config(file: Path, as_json: bool) -> None:
     from ..daemon.config import ConfigError, load
 
     try:
-        config = msgspec.to_builtins(load(file, {}))
+        config: dict[str, Any] = msgspec.to_builtins(load(file, {}))
     except ConfigError as error:
         error.hint = error.hint or "correct the file; docs/operating.md lists the settings"
         raise
@@ -29,11 +33,8 @@ def check_config(file: Path, as_json: bool) -> None:
         return
     click.echo(f"{file}: the settings are good")
     for name, value in config.items():
-        for key, each in value.items() if isinstance(value, dict) else ((None, value),):
-            click.echo(f"  {name}{f'.{key}' if key else ''} = {_toml(each)}")
-
-
-def _toml(value: object) -> str:
-    import json
-
-    return json.dumps(value)
+        parts: dict[str, Any] = (
+            {f"{name}.{key}": each for key, each in value.items()} if name in TABLES else {name: value}
+        )
+        for key, each in parts.items():
+            click.echo(f"  {key} = {json.dumps(each)}")

