@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ..client import Client
-from ..conversation import Timeout, TransportError
+from ..conversation import Timeout
 from ..states.errors import LuodError
 from ..views import every
 from . import reach
@@ -230,6 +230,3 @@ def resolve(socket: str, key: str, decision: str, as_json: bool) -> None:
         print_json(reply)
     else:
         click.echo(f"{clean(reply['key'])} is settled: {reply['status']}")
-
-
-__all__ = ["TransportError", "abort", "kexec", "load", "resolve", "wait"]

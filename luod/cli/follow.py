@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ..client import Client
-from ..conversation import ConnectionLost, Timeout, TransportError
+from ..conversation import ConnectionLost, Timeout
 from ..states.errors import LuodError
 from . import reach, sentences
 from .printing import clean, clock
@@ -192,6 +192,3 @@ def verdict(update: Json) -> str:
     if state == "lost":
         return f"{name} is lost: {update['reason']}"
     return f"{name} is {state}"
-
-
-__all__ = ["ENDS", "Follower", "NotEnded", "Progress", "TransportError", "good", "newest", "verdict"]

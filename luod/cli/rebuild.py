@@ -11,7 +11,7 @@ import click
 from ..engine.book import Book
 from ..journal.record import Record
 from ..views import session_json, update_json
-from .look import course, session_table, show_effects
+from .look import course, session_table
 from .printing import clean, number, tinted, wrapped
 
 Json = dict[str, Any]
@@ -70,6 +70,3 @@ def show(state: Json) -> None:
     ]
     for one in mine:
         click.echo(wrapped(one["text"], first=f"{clean(one['stream'])}: anomaly: ", rest="  "))
-
-
-__all__ = ["rebuild", "show", "show_effects"]
