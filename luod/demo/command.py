@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from ..journal.replay import Replay
 from ..timeline import Course, Story, draw_course
 from .host import Host, Outcome, Setting, discard, journal_of, workspace
 from .invariants import problems
-from .sweep import Verdict, all_settings, sweep, title
+from .sweep import Verdict, all_settings, sweep, title, twice
 
 SWEEP_SESSIONS = 2
 SWEEP_BYTES = 64 << 10
@@ -27,7 +29,11 @@ SWEEP_BYTES = 64 << 10
 @click.option(
     "--mib", type=click.FloatRange(0.01, 4096), help="MiB of memory each (default 16; with --crash 1/16)"
 )
-@click.option("--crash", metavar="POINT|all|list", help="kill luod at one crash point, at all, or list them")
+@click.option(
+    "--crash",
+    metavar="POINT|all|twice|list",
+    help="kill luod at one crash point, at all, at all and again in the recovery, or list them",
+)
 @click.option(
     "--jobs",
     type=click.IntRange(1, 64),
@@ -56,8 +62,8 @@ def demo(
     base.mkdir(parents=True, exist_ok=True)
     code = 1
     try:
-        if crash in ("all", "list"):
-            code = _sweep(base, setting, jobs, as_json, only_list=crash == "list")
+        if crash in ("all", "twice", "list"):
+            code = _sweep(base, setting, jobs, as_json, crash)
         else:
             code = _single(base, at_point(setting, crash or ""), as_json, kept=keep is not None)
     except (KeyboardInterrupt, click.Abort):
@@ -155,59 +161,76 @@ def _tell(
         )
 
 
-def _sweep(base: Path, setting: Setting, jobs: int, as_json: bool, *, only_list: bool) -> int:
+class Tally:
+    """What the runs of a sweep come to."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.verdicts: list[Verdict] = []
+        self._quiet = quiet
+
+    def take(self, verdicts: Iterable[Verdict], total: int) -> None:
+        """Take verdicts in as they come, and show how far it is."""
+        for done, verdict in enumerate(verdicts, 1):
+            self.verdicts.append(verdict)
+            state = "FAILED" if verdict.problems else verdict.ending
+            if sys.stderr.isatty():
+                bar = "#" * (30 * done // total)
+                click.echo(
+                    f"\r[{bar:<30}] {done}/{total} {verdict.point[:44]:<44}", nl=done == total, err=True
+                )
+            elif verdict.problems or (not self._quiet and (done % 10 == 0 or done == total)):
+                click.echo(f"{done}/{total} {verdict.point}: {state}", err=True)
+
+    @property
+    def bad(self) -> list[Verdict]:
+        """The runs that failed."""
+        return [one for one in self.verdicts if one.problems]
+
+    def endings(self) -> dict[str, int]:
+        """Return how the updates ended."""
+        return {"done": 0, "aborted": 0, **Counter(one.ending for one in self.verdicts)}
+
+    def total(self, what: str) -> int:
+        """Return a number of the verdicts, summed up."""
+        return sum(int(getattr(one, what)) for one in self.verdicts)
+
+
+def _sweep(base: Path, setting: Setting, jobs: int, as_json: bool, crash: str) -> int:
     clean, settings = all_settings(base, setting)
     points = list(dict.fromkeys((one.point, one.refuse) for one in settings))
     names = [title(one) for one in settings]
-    if only_list:
-        click.echo(
-            json.dumps({"points": names})
-            if as_json
-            else "\n".join(f"{n:4} {point}" for n, point in enumerate(names, 1))
-        )
+    if crash == "list":
+        lines = "\n".join(f"{number:4} {name}" for number, name in enumerate(names, 1))
+        click.echo(json.dumps({"points": names}) if as_json else lines)
         return 0
     if not as_json:
-        click.echo(
-            f"{len(points)} crash points in an update of {setting.sessions} sessions; luod is killed at each, "
-            f"in {len(settings)} runs",
-            err=True,
-        )
-    bad: list[Verdict] = []
-    recoveries = verified = 0
-    endings = {"done": 0, "aborted": 0}
-    for done, verdict in enumerate(sweep(base, settings, jobs), 1):
-        recoveries += verdict.restarts
-        verified += verdict.bytes_verified
-        endings[verdict.ending] = endings.get(verdict.ending, 0) + 1
-        if verdict.problems:
-            bad.append(verdict)
-        _progress(done, len(settings), verdict, as_json)
+        what = f"{len(points)} crash points in an update of {setting.sessions} sessions"
+        click.echo(f"{what}; luod is killed at each, in {len(settings)} runs", err=True)
+    tally = Tally(quiet=as_json)
+    tally.take(sweep(base / "once", settings, jobs), len(settings))
+    if crash == "twice":
+        more = twice(settings, tally.verdicts)
+        if not as_json:
+            click.echo(f"and once more while it recovers: {len(more)} runs", err=True)
+        tally.take(sweep(base / "twice", more, jobs), len(more))
     if as_json:
-        object_ = result(clean, None, course_of(base / "clean"), len(points), recoveries)
-        object_["bytes_verified"] = verified
+        object_ = result(clean, None, course_of(base / "clean"), len(points), tally.total("restarts"))
+        object_.update({name: tally.total(name) for name in ("lost", "failed", "bytes_verified")})
         object_["detail"] = {
-            "runs": len(settings),
-            "endings": endings,
+            "runs": len(tally.verdicts),
+            "endings": tally.endings(),
             "failures": [
                 {"point": one.point, "problems": list(one.problems), "directory": one.directory}
-                for one in bad
+                for one in tally.bad
             ],
         }
         click.echo(json.dumps(object_))
     else:
-        for one in bad:
+        for one in tally.bad:
             click.echo(f"FAILED at {one.point}: {'; '.join(one.problems)}", err=True)
+        endings = tally.endings()
         click.echo(
-            f"{len(points)} crash points, {recoveries} recoveries: {endings['done']} updates done, "
-            f"{endings['aborted']} cleanly undone, {len(bad)} failed; {verified} bytes compared"
+            f"{len(points)} crash points, {tally.total('restarts')} recoveries: {endings['done']} updates done, "
+            f"{endings['aborted']} cleanly undone, {len(tally.bad)} failed; {tally.total('bytes_verified')} bytes compared"
         )
-    return 1 if bad else 0
-
-
-def _progress(done: int, total: int, verdict: Verdict, as_json: bool) -> None:
-    state = "FAILED" if verdict.problems else verdict.ending
-    if sys.stderr.isatty():
-        bar = "#" * (30 * done // total)
-        click.echo(f"\r[{bar:<30}] {done}/{total} {verdict.point[:40]:<40}", nl=done == total, err=True)
-    elif verdict.problems or (not as_json and (done % 10 == 0 or done == total)):
-        click.echo(f"{done}/{total} {verdict.point}: {state}", err=True)
+    return 1 if tally.bad else 0

@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -27,11 +28,12 @@ from ..adapters.emulator import __main__ as emulator_main
 from ..adapters.emulator.control import Control
 from ..adapters.emulator.images import stub_image
 from ..adapters.keeper import __main__ as keeper_main
-from ..client import Client, ConnectionLost
+from ..client import Client, ClientError, ConnectionLost
 from ..daemon import __main__ as luod_main
 from ..journal.errors import JournalVolatile
 from ..journal.volume import check
 from ..states.errors import LuodError
+from ..states.table import SESSION
 from ..views import every
 from . import client as demo_client
 from .process import Child
@@ -54,6 +56,8 @@ class Setting(msgspec.Struct, frozen=True):
     kill_at: str = ""
     boot: int = 0
     """The boot in which luod is to die: 1 is the old kernel, 2 the new one, 0 whichever reaches the point first."""
+    then_at: str = ""
+    """Where the luod that was started in its place is to die as well, in the same boot."""
     operator: str = "again"
     """What the operator does with an update that waits for a person: `again` or `abort`."""
     refuse: bool = False
@@ -62,7 +66,8 @@ class Setting(msgspec.Struct, frozen=True):
     @property
     def point(self) -> str:
         """The crash point as a person names it: `2:vm0.1/hand:after_call`."""
-        return f"{self.boot}:{self.kill_at}" if self.boot and self.kill_at else self.kill_at
+        first = f"{self.boot}:{self.kill_at}" if self.boot and self.kill_at else self.kill_at
+        return f"{first} then {self.then_at}" if self.then_at else first
 
 
 class Outcome(msgspec.Struct):
@@ -72,6 +77,8 @@ class Outcome(msgspec.Struct):
     restarts: int = 0
     bytes_verified: int = 0
     points: list[str] = []
+    recovery_points: list[str] = []
+    """The crash points that the luod has reached that was started in place of the killed one, in the boot of the kill."""
     sessions: list[dict[str, Any]] = []
     update: dict[str, Any] | None = None
     audit: list[dict[str, Any]] = []
@@ -118,6 +125,22 @@ def workspace(parent: Path | None = None) -> Path:
     return Path(tempfile.mkdtemp(prefix="luod-demo-"))
 
 
+class Life(NamedTuple):
+    """One luod process: in which boot, where it is to die, and the file in which it notes the crash points that it reaches."""
+
+    boot: int
+    kill_at: str
+    trace: Path
+
+    def reached(self) -> list[str]:
+        """Return the crash points that it has reached, in order."""
+        return self.trace.read_text().splitlines() if self.trace.exists() else []
+
+    def killed(self) -> bool:
+        """Say whether it has reached the point at which it was to die."""
+        return bool(self.kill_at) and self.kill_at in self.reached()
+
+
 class Host:
     """One emulated machine in a directory."""
 
@@ -129,6 +152,8 @@ class Host:
         self.emulator_dir = directory / "emu"
         self.outcome = Outcome("unfinished")
         self.boot = 0
+        self.lives: list[Life] = []
+        self._said_abort = False
         self._children: dict[str, Child] = {}
         for one in (self.run_dir, directory / "logs"):
             one.mkdir(parents=True, exist_ok=True)
@@ -165,49 +190,47 @@ class Host:
         keeper = self._start("keeper", lambda pipe: keeper_main.run([*args, "--ready-fd", str(pipe)]))
         self.control.attach(keeper.pid)
         self._ready(keeper)
-        self.start_luod(
-            self.setting.kill_at if self.setting.boot in (0, self.boot) and not self._hit() else ""
-        )
+        self.start_luod()
         boot_id, directory = self.boot_id, self.emulator_dir
         self._start("init", lambda _: _wait_boot(directory, boot_id))
         self.control.spare(self._children["init"].pid)
 
-    def start_luod(self, kill_at: str = "") -> None:
-        """Start luod; if it kills itself at a crash point on its way up, start it again."""
+    def start_luod(self) -> None:
+        """Start luod; if it dies at a crash point on its way up, start it again."""
         while True:
             args = [
                 "--kernel", "emulated", "--emulator", str(self.emulator_dir), "--run", str(self.run_dir),
-                "--state", str(self.dir / "state"), "--crash-trace", str(self.trace(self.boot)),
+                "--state", str(self.dir / "state"),
             ]  # fmt: skip
             if is_volatile(self.dir):
                 args += ["--volatile"]
-            if kill_at:
-                args += ["--crash-at", kill_at]
+            life = Life(self.boot, self._next_kill(), self.dir / f"points-{len(self.lives) + 1}")
+            args += ["--crash-trace", str(life.trace)]
+            if life.kill_at:
+                args += ["--crash-at", life.kill_at]
+            self.lives.append(life)
             child = self._start("luod", functools.partial(_luod, tuple(args)))
             self.control.attach(child.pid)
             if child.line(PATIENCE_S):
                 return
-            if not (child.ended(PATIENCE_S) and child.code == -9 and self._hit()):
+            if not (child.ended(PATIENCE_S) and child.code == -signal.SIGKILL and life.killed()):
                 raise self.failed("luod did not start")
             self.outcome.restarts += 1
 
-    def trace(self, boot: int) -> Path:
-        """Return the file in which luod writes the crash points that it reaches in a boot."""
-        return self.dir / f"points-{boot}"
+    def _next_kill(self) -> str:
+        """Return where the next luod is to die: the first at `kill_at`, the one in its place at `then_at`."""
+        setting, killed = self.setting, [life for life in self.lives if life.killed()]
+        if not killed:
+            return setting.kill_at if setting.boot in (0, self.boot) else ""
+        return setting.then_at if len(killed) == 1 and killed[0].boot == self.boot else ""
 
-    def points(self) -> list[str]:
-        """Return the crash points reached so far, `boot:key:stage`, each once."""
-        reached = [
-            f"{boot}:{point}"
-            for boot in range(1, self.boot + 1)
-            if self.trace(boot).exists()
-            for point in self.trace(boot).read_text().splitlines()
-        ]
-        return list(dict.fromkeys(reached))
-
-    def _hit(self) -> bool:
-        at, boots = self.setting.kill_at, (self.setting.boot,) if self.setting.boot else (1, 2)
-        return bool(at) and any(f"{boot}:{at}" in self.points() for boot in boots)
+    def _revived(self) -> bool:
+        """Start luod again if it died where it was to die; say whether it did."""
+        if not (self._children["luod"].ended(PATIENCE_S) and self.lives[-1].killed()):
+            return False
+        self.outcome.restarts += 1
+        self.start_luod()
+        return True
 
     def start_clients(self) -> None:
         """Start the client processes of this boot."""
@@ -331,16 +354,27 @@ class Host:
             link.call("KEXEC")
         elif update["state"] in ("aborted", "lost", "done"):
             return str(update["state"])
-        elif update["paused"]:
-            if aborting:
-                link.call("ABORT", reason="the operator has changed his mind")
-            else:
-                link.call("KEXEC")
+        elif update["paused"] and not self._said_abort and not self._decide(link, aborting):
+            return self._ask(link, aborting)
         link.call("WATCH", after=0)
         while True:
             event = link.next_event(PATIENCE_S)
             if event.name == "PROGRESS" and event.fields["record"]["type"].startswith("update.aborted."):
                 return "aborted"
+
+    def _decide(self, link: Client, aborting: bool) -> bool:
+        """Be the person for whom an update waits; return False if it had gone on meanwhile."""
+        try:
+            if aborting:
+                link.call("ABORT", reason="the operator has changed his mind")
+                self._said_abort = True
+            else:
+                link.call("KEXEC")
+        except ClientError as error:
+            if error.code in ("NO_UPDATE", "TOO_LATE", "UPDATE_RUNNING"):
+                return False
+            raise
+        return True
 
     def _wait_change(self) -> str:
         """Wait until luod has died or the boot has changed; restart luod if it killed itself."""
@@ -350,9 +384,7 @@ class Host:
             poll.register(child.pidfd, select.POLLIN)
         if not poll.poll(PATIENCE_S * 1000):
             raise self.failed("nothing happened")
-        if luod.ended() and self._hit() and not self.outcome.restarts:
-            self.outcome.restarts += 1
-            self.start_luod()
+        if luod.ended() and self._revived():
             return ""
         if init.ended(PATIENCE_S):
             return "kexec"
@@ -388,11 +420,8 @@ class Host:
                 self._revive()
 
     def _revive(self) -> None:
-        luod = self._children["luod"]
-        if not (luod.ended(PATIENCE_S) and self._hit() and not self.outcome.restarts):
-            raise self.failed(f"luod ended with {luod.code}")
-        self.outcome.restarts += 1
-        self.start_luod()
+        if not self._revived():
+            raise self.failed(f"luod ended with {self._children['luod'].code}")
 
     def _take(self, child: Child, at: str) -> None:
         child.ended(None)
@@ -427,15 +456,23 @@ class Host:
             if not leaked(self.outcome) or time.monotonic() > patience:
                 return
 
+    def _note_points(self) -> None:
+        reached = [f"{life.boot}:{point}" for life in self.lives for point in life.reached()]
+        self.outcome.points = list(dict.fromkeys(reached))
+        for before, life in pairwise(self.lives):
+            if before.killed() and before.boot == life.boot:
+                self.outcome.recovery_points = list(dict.fromkeys(life.reached()))
+                return
+
     def _look(self) -> Outcome:
         """Gather what the checks need, and see that one more recovery changes nothing."""
         with self.link() as link:
             self._settle_fds_after(link)
-            self.outcome.sessions = every(link.call, "SESSIONS", "sessions")
+            self.outcome.sessions = _settled_sessions(link)
             status = link.call("STATUS").fields
             self.outcome.update = status["update"]
             rows = status["journal"]["rows"]
-        self.outcome.points = self.points()
+        self._note_points()
         self._children["luod"].stop()
         self.start_luod()
         with self.link() as link:
@@ -446,6 +483,16 @@ class Host:
         self.outcome.ending = str(self.outcome.update["state"]) if self.outcome.update else "none"
         self._children["luod"].stop(signal.SIGTERM)
         return self.outcome
+
+
+def _settled_sessions(link: Client) -> list[dict[str, Any]]:
+    """Return all sessions once each has ended; what a client leaves behind is cleared away a moment after it."""
+    link.call("WATCH")
+    while True:
+        sessions = every(link.call, "SESSIONS", "sessions")
+        if all(one["state"] in SESSION.final for one in sessions):
+            return sessions
+        link.next_event(PATIENCE_S).close()
 
 
 def _luod(args: tuple[str, ...], pipe: int) -> int:
