@@ -96,18 +96,11 @@ class Connection:
         while not self.closed:
             try:
                 await anyio.wait_readable(self.sock)
-                data, fds = fdpass.receive(self.sock)
+                return fdpass.receive_frames(self.sock, self.decoder)
             except BlockingIOError:
                 continue
             except (OSError, anyio.ClosedResourceError):
                 return None
-            except wire.ProtocolError as error:
-                return [error]
-            if not data:
-                for fd in fds:
-                    os.close(fd)
-                return None
-            return self.decoder.feed(data, fds)
         return None
 
     def close(self) -> None:

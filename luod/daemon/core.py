@@ -202,17 +202,24 @@ class Luod:
 
     async def rebind(self, session: Session) -> None:
         """A client that stays connected after its session was undone takes part in the next update."""
+        async with self.lock(session.client):
+            await self._rebind(session)
+
+    async def _rebind(self, session: Session) -> None:
         if self.connection(session) is None or session.owner is None or session.client in self.leaving:
             return
         book = self.engine.book
         newest = book.of_client(session.client)
         if newest is None or newest.state not in SESSION.final:
             return
+        stream = book.next_session(session.client)
         again = ev.SessionBound(
             session.client, newest.attempt + 1, session.owner, session.policy, session.deadline_s
         )
         try:
-            await self.engine.record((book.next_session(session.client), again))
+            await self.engine.record((stream, again))
+            if self.connection(session) is None:  # it hung up meanwhile, when there was nothing to undo
+                await self.engine.record((stream, ev.SessionAborted("its client left before anything was preserved")))
         except IllegalTransition:
             log.info("%s was bound again meanwhile", session.client)
 

@@ -152,7 +152,7 @@ class Server:
 
     async def _frame(self, connection: Connection, frame: wire.Frame | wire.ProtocolError) -> None:
         if isinstance(frame, wire.ProtocolError):
-            connection.push(_event_error(frame))
+            connection.push(_event_error(frame) if frame.seq is None else _reply_error(frame.seq, frame))
             return
         seq = frame.obj.get("seq")
         seq = seq if isinstance(seq, int) and not isinstance(seq, bool) else None
