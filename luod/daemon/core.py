@@ -219,7 +219,9 @@ class Luod:
         try:
             await self.engine.record((stream, again))
             if self.connection(session) is None:  # it hung up meanwhile, when there was nothing to undo
-                await self.engine.record((stream, ev.SessionAborted("its client left before anything was preserved")))
+                await self.engine.record(
+                    (stream, ev.SessionAborted("its client left before anything was preserved"))
+                )
         except IllegalTransition:
             log.info("%s was bound again meanwhile", session.client)
 
