@@ -41,6 +41,8 @@ from .process import Child
 PATIENCE_S = 90.0
 LEAK_S = 1.0
 CMDLINE = "console=ttyS0 kho=on liveupdate=on"
+LONGEST_ADDRESS = 107
+"""Bytes of a socket's path that fit into sockaddr_un (unix(7))."""
 Say = Callable[[str], None]
 
 
@@ -141,6 +143,16 @@ class Life(NamedTuple):
         return bool(self.kill_at) and self.kill_at in self.reached()
 
 
+def short(path: Path) -> Path:
+    """Return a directory for sockets: `path`, or a link to it where its name is longer than a socket address may be."""
+    path.mkdir(parents=True, exist_ok=True)
+    if len(str(path / "liveupdate.sock")) <= LONGEST_ADDRESS:
+        return path
+    link = Path(tempfile.mkdtemp(prefix="luod-run-", dir="/tmp")) / "run"
+    link.symlink_to(path.resolve())
+    return link
+
+
 class Host:
     """One emulated machine in a directory."""
 
@@ -148,7 +160,7 @@ class Host:
         self.dir = directory
         self.setting = setting
         self.say = say
-        self.run_dir = directory / "run"
+        self.run_dir = short(directory / "run")
         self.emulator_dir = directory / "emu"
         self.outcome = Outcome("unfinished")
         self.boot = 0
@@ -270,6 +282,8 @@ class Host:
                 child.stop()
         if hasattr(self, "control"):
             self.control.close()
+        if self.run_dir.is_symlink():
+            shutil.rmtree(self.run_dir.parent, ignore_errors=True)
         child = self._children.pop("emulator", None)
         if child is not None:
             child.stop(signal.SIGTERM)
