@@ -36,7 +36,6 @@ class DemoClient:
         self.session_fd = -1
         self._undone = False
         self._path = socket_path
-        self._deadline = time.monotonic() + PATIENCE_S
         self.link = self._connect()
 
     def report(self, at: str, **more: object) -> None:
@@ -44,13 +43,14 @@ class DemoClient:
         os.write(self.pipe, json.dumps({"at": at, **more}).encode() + b"\n")
 
     def _connect(self) -> Client:
+        deadline = time.monotonic() + PATIENCE_S
         while True:
-            link = Client.connect(self._path, timeout=PATIENCE_S, retry_until=self._deadline)
+            link = Client.connect(self._path, timeout=PATIENCE_S, retry_until=deadline)
             try:
                 link.hello(["freeze", "inventory", "progress"])
             except ConnectionLost:
                 link.close()
-                if time.monotonic() > self._deadline:
+                if time.monotonic() > deadline:
                     raise
                 continue
             return link
@@ -160,6 +160,7 @@ class DemoClient:
                 verified = 0
                 for index, (token, size) in enumerate(zip(TOKENS, self.sizes, strict=True)):
                     verified += self._restore(index, token, size)
+                self.report("verified", bytes=verified)
                 self.kernel.finish(self.session_fd)
                 return verified
             except ConnectionLost:

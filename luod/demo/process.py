@@ -28,12 +28,17 @@ class Child:
         read, write = os.pipe2(os.O_CLOEXEC)
         sys.stdout.flush()
         sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid == 0:
-            _become(work, write, log)
-        os.close(write)
-        self.pidfd = os.pidfd_open(self.pid)
-        self.pipe = read
+        # A Ctrl-C between the fork and the end of this block would be a child that nobody knows, or one that speaks as its parent.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        try:
+            self.pid = os.fork()
+            if self.pid == 0:
+                _become(work, write, log, before)
+            os.close(write)
+            self.pidfd = os.pidfd_open(self.pid)
+            self.pipe = read
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def line(self, timeout: float | None = None) -> bytes:
         """Return the next line that the process reports; empty when it has ended or `timeout` seconds have passed."""
@@ -96,7 +101,7 @@ class Child:
         return sorted(kinds)
 
 
-def _become(work: Callable[[int], int], pipe: int, log: Path) -> None:
+def _become(work: Callable[[int], int], pipe: int, log: Path, mask: set[int]) -> None:
     """Be the child: its log as standard output and error, the pipe, and nothing else."""
     code = 1
     try:
@@ -109,8 +114,9 @@ def _become(work: Callable[[int], int], pipe: int, log: Path) -> None:
         os.closerange(3, 200)
         os.closerange(201, 1 << 16)
         os.set_inheritable(200, False)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the harness, which then stops everybody in order
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (the process ends with it)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         code = work(200)
