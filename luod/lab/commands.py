@@ -165,10 +165,21 @@ def boot_command(
     show_default=True,
     help="MiB of memory of each.",
 )
+@click.option(
+    "--crash",
+    type=click.Choice(["all"]),
+    help="Kill luod at every crash point, and restart it; takes minutes.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Keep consoles, journals and timeline here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as a JSON object.")
 def demo_command(
-    kernel: str | None, next_kernel: str | None, clients: int, size_mib: int, out: Path | None, as_json: bool
+    kernel: str | None,
+    next_kernel: str | None,
+    clients: int,
+    size_mib: int,
+    crash: str | None,
+    out: Path | None,
+    as_json: bool,
 ) -> None:
     """Update a real kernel to another with luod and its clients, and check every byte. Takes a minute or two."""
     from .update import MIB, lab_demo
@@ -176,7 +187,9 @@ def demo_command(
     old, new = choose_pair(kernel, next_kernel)
     place = out or Path(tempfile.mkdtemp(prefix="luod-lab-demo-"))
     on_event = None if as_json else _tell
-    told, done = lab_demo(old, new, place, clients=clients, size=size_mib * MIB, on_event=on_event)
+    told, done = lab_demo(
+        old, new, place, clients=clients, size=size_mib * MIB, crash=crash is not None, on_event=on_event
+    )
     right = (
         told["finished"] == told["sessions"] == clients and told["bytes_verified"] == clients * size_mib * MIB
     )
@@ -188,6 +201,8 @@ def demo_command(
         click.echo(
             f"{told['kernel']}: {told['finished']} of {told['sessions']} sessions finished, {compared}"
         )
+        if crash:
+            click.echo(f"luod died at {told['crash_points']} points and came back {told['recoveries']} times")
         click.echo(f"consoles, journals and timeline are in {done.directory}")
     raise click.exceptions.Exit(0 if right else 1)
 
@@ -200,6 +215,8 @@ def _tell(event: dict[str, Any]) -> None:
             click.echo(f"boot {event['boot']}: Linux {event['kernel']}{handover}", err=True)
         case "client":
             click.echo(f"  {event['client']} {event['at']}", err=True)
+        case "crash":
+            click.echo(f"  luod dies at {event['side']}:{event['point'].partition(':')[2]}", err=True)
         case "leave":
             click.echo("  the update is ordered", err=True)
         case "step" if event["step"] in ("keeper", "luod"):

@@ -25,6 +25,9 @@ LUOD_STATE = STATE / "luod"
 CLIENT_MIB = 16
 MIB = 1 << 20
 PATIENCE_S = 180.0
+SWEEP_BOOTS = 4
+SWEEP_S = 420.0
+"""How long one boot of a crash sweep may take."""
 
 
 def keeper(**options: Any) -> Step:
@@ -82,6 +85,21 @@ def update_script(image: KernelImage, *, clients: int, size: int, jump: Step | N
     return [Boot(first), Boot([*second, *(wait(name, timeout_s=PATIENCE_S) for name in names)])]
 
 
+def crash_script(image: KernelImage, *, clients: int, size: int) -> list[Boot]:
+    """Return the boots of a crash sweep (see `luod.lab.sweep`), in which every update goes to `image`."""
+    common = ("--clients", str(clients), "--size", str(size))
+    boots: list[Boot] = []
+    for number in range(SWEEP_BOOTS):
+        arguments: list[str | Path] = ["--boot", str(number), "--boots", str(SWEEP_BOOTS), *common]
+        if number < SWEEP_BOOTS - 1:
+            arguments += ["--kernel", image.path]
+        step = python(
+            "sweep", "luod.lab.sweep", *arguments, leaves=number < SWEEP_BOOTS - 1, timeout_s=SWEEP_S
+        )
+        boots.append(Boot([step]))
+    return boots
+
+
 def lab_demo(
     kernel: KernelImage,
     next_kernel: KernelImage,
@@ -90,18 +108,22 @@ def lab_demo(
     clients: int = 3,
     size: int = CLIENT_MIB * MIB,
     timeout_s: float = 420.0,
+    crash: bool = False,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], LabRun]:
     """Run a whole update between two kernels and return the demo's result object and the run.
 
-    `size` is each client's memory in bytes. The run's directory also gets `timeline.txt`. Raises `LabRunFailed` when a step failed,
+    With `crash`, luod is killed at every crash point on the way, and more updates follow from `next_kernel` to itself. `size` is each client's memory in bytes. The run's directory also gets `timeline.txt`. Raises `LabRunFailed` when a step failed,
     and `LabUnavailable` when the lab cannot run here. The guest's clock starts at a full second in each boot, so `blackout_ms` is right
     to about one second.
     """
     memory_mib = 1024 + 3 * clients * size // MIB
     machine = Machine(kernel, directory, memory_mib=memory_mib)
+    script = crash_script if crash else update_script
     done = machine.run(
-        update_script(next_kernel, clients=clients, size=size), timeout_s=timeout_s, on_event=on_event
+        script(next_kernel, clients=clients, size=size),
+        timeout_s=max(timeout_s, 2 * SWEEP_S) if crash else timeout_s,
+        on_event=on_event,
     ).check()
     return judge(done, kernel, next_kernel), done
 
@@ -115,6 +137,7 @@ def judge(done: LabRun, kernel: KernelImage, next_kernel: KernelImage) -> dict[s
     last = book.updates()[-1]
     sessions = [one for one in book.sessions() if one.update == last.id]
     black = blackout(sessions)
+    crashes = done.of("crash")
     states = [str(one.state) for one in sessions]
     return {
         "kernel": f"{kernel.version} -> {next_kernel.version}",
@@ -123,10 +146,12 @@ def judge(done: LabRun, kernel: KernelImage, next_kernel: KernelImage) -> dict[s
         "lost": states.count("lost"),
         "failed": states.count("failed"),
         "bytes_verified": sum(
-            event.get("bytes", 0) for event in done.of("client") if event["at"] == "finished"
+            event.get("bytes", 0)
+            for event in done.of("client")
+            if event["at"] == "finished" and event["boot"] == len(done.boots) - 1
         ),
-        "crash_points": 0,
-        "recoveries": 0,
+        "crash_points": len({(event["side"], event["point"]) for event in crashes}),
+        "recoveries": len(crashes),
         "blackout_ms": round(black.total_ms, 1) if black else None,
         "journal": str(journal),
     }
