@@ -37,8 +37,14 @@ class Child:
             os.close(write)
             self.pidfd = os.pidfd_open(self.pid)
             self.pipe = read
-        finally:
+        except BaseException:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            raise
+        try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        except BaseException:  # the Ctrl-C that waited: nobody knows this child yet but we
+            self.stop()
+            raise
 
     def line(self, timeout: float | None = None) -> bytes:
         """Return the next line that the process reports; empty when it has ended or `timeout` seconds have passed."""
