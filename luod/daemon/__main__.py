@@ -117,8 +117,10 @@ def run_identity() -> str:
 
 def die(error: BaseException) -> None:
     """End at once: what the journal holds is in doubt, and nothing may be built on it."""
-    print(f"luod: the journal cannot be written: {error}; ending now", file=sys.stderr, flush=True)
-    os._exit(FATAL)
+    try:
+        print(f"luod: the journal cannot be written: {error}; ending now", file=sys.stderr, flush=True)
+    finally:
+        os._exit(FATAL)  # the log may be on the same full disk
 
 
 async def serve(config: Config, args: argparse.Namespace) -> None:
@@ -162,11 +164,11 @@ async def _serve(luod: Luod, run_directory: RunDirectory, args: argparse.Namespa
     listener = run_directory.listen(luod.config.socket_path)
     group.start_soon(server.serve, listener)
     group.start_soon(_poll, server)
-    if args.ready_fd is not None:
-        os.write(args.ready_fd, b"\n")
-        os.close(args.ready_fd)
-    log.info("serving %s, journal %s", luod.config.socket_path, luod.config.journal_path)
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        if args.ready_fd is not None:
+            os.write(args.ready_fd, b"\n")
+            os.close(args.ready_fd)
+        log.info("serving %s, journal %s", luod.config.socket_path, luod.config.journal_path)
         async for number in signals:
             log.info("ending on %s", number.name)
             await luod.engine.record(("luod", ev.DaemonStopped(number.name)))

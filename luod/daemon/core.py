@@ -133,6 +133,8 @@ class Luod:
 
     async def _beat_at_end(self, peer: Peer) -> None:
         """Look again when a process has died: its connection ends a moment before it does, or long before."""
+        if peer.pidfd < 0:
+            return
         try:
             await anyio.wait_readable(peer.pidfd)
         except (anyio.ClosedResourceError, anyio.BusyResourceError, OSError):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import anyio
+import anyio.lowlevel
 
 from ..engine import barrier
 from ..engine.errors import Refused
@@ -118,10 +119,16 @@ class Director:
             await self.engine.record((session.id, ev.SessionAbortRequested(reason)))
         self.luod.pulse.beat()
         update = self.engine.book.current_update()
-        if update is None or session.policy != "required" or session.update != update.id:
+        if update is None or session.policy != "required" or not self._judged(update, session):
             self.luod.spawn(self.luod.ending.undo, [session.id], reason)
         elif not self._driving:
             await self.abort(f"{session.id}: {reason}")
+
+    def _judged(self, update: Update, session: Session) -> bool:
+        """Say whether the barrier of this update looks at a session, so that undoing it is the barrier's business."""
+        if session.state == S.NEW:
+            return self._driving and not self.freezing
+        return session.update == update.id
 
     def resume(self, update: Update) -> None:
         """Take an update up again after luod was restarted."""
@@ -195,6 +202,7 @@ class Director:
         if self._update(update).abort_reason or any(self._session(one).abort_reason for one in going):
             await self._stop(update, "an abort came in before the kexec")
             return
+        await anyio.lowlevel.checkpoint()  # a luod that is being stopped does not jump
         await self._kexec(update, going)
 
     async def _kexec(self, update: str, going: Sequence[str]) -> None:
@@ -311,6 +319,10 @@ class Director:
             fresh = [one for one in map(self._session, [one.id for one in fresh]) if self._may_join(one)]
         if self._update(update).abort_reason or not fresh:
             return
+        doubts = [effect.key for one in fresh for effect in one.doubts()]
+        if doubts:
+            await self._stop(update, f"{doubts[0]} is in doubt: settle it with `luoctl resolve`")
+            return
         try:
             await self.engine.record(*((one.id, ev.SessionCreated(update, one.kernel_name)) for one in fresh))
         except IllegalTransition:
@@ -369,12 +381,18 @@ class Director:
 
     async def _undo(self, update: str) -> None:
         reason = self._update(update).abort_reason
-        mine = [one.id for one in self._participants(update) if one.state in OUTGOING]
-        await self.luod.ending.undo(mine, reason)
-        await self.luod.pulse.until(
-            lambda: not any(one.state in OUTGOING for one in self._participants(update)), float("inf")
-        )
+        await self.luod.ending.undo(self._in_kernel(update), reason)
+        await self.luod.pulse.until(lambda: not self._in_kernel(update), float("inf"))
         await self.engine.record((update, ev.UpdateAborted(reason)))
+        await self.luod.ending.rebind()
+
+    def _in_kernel(self, update: str) -> list[str]:
+        """Return the sessions of an update that have come as far as the kernel, or are on their way."""
+        return [
+            one.id
+            for one in self._participants(update)
+            if one.state in OUTGOING or (one.state == S.NEW and (one.effects or one.abort_reason))
+        ]
 
     # -- after the kexec
 

@@ -7,6 +7,7 @@ has been overtaken is looked at again, never assumed.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class Ending:
         self.luod = luod
         self.engine = luod.engine
         self._undoing: set[str] = set()
+        self._undone: list[str] = []
 
     # -- before the kexec
 
@@ -49,11 +51,21 @@ class Ending:
         try:
             await self._ask(names, reason)
             await self._close(names, reason)
-            for name in names:
-                await self.luod.rebind(self._session(name))
+            self._undone += names
         finally:
             self._undoing.difference_update(names)
             self.luod.pulse.beat()
+        if self.engine.book.current_update() is None:
+            await self.rebind()
+
+    async def rebind(self) -> None:
+        """Bind again the clients that are still connected after their session was undone.
+
+        Not before the update has ended: one that it went on without would else be asked again at once.
+        """
+        undone, self._undone = self._undone, []
+        for name in undone:
+            await self.luod.rebind(self._session(name))
 
     async def _ask(self, names: Sequence[str], reason: str) -> None:
         asked: list[tuple[str, ev.Event]] = []
@@ -100,7 +112,8 @@ class Ending:
                 return
             except IllegalTransition:
                 pass  # somebody was quicker, or its kernel session is being made right now
-        self.luod.spawn(self.undo, [session.id], reason)
+        with contextlib.suppress(Refused):  # it has ended meanwhile
+            await self.luod.director.abort_session(self._session(session.id), reason)
 
     # -- after the kexec
 
