@@ -6,6 +6,7 @@
 
 export PYTHON
 ARGS =
+JOBS = 2
 
 VENV := .venv$(if $(PYTHON),-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null))
 BIN := $(VENV)/bin
@@ -32,7 +33,7 @@ demo: runtime
 	@$(BIN)/luoctl demo $(ARGS)
 
 test: dev
-	@$(BIN)/pytest -m 'not lab' $(ARGS)
+	@$(BIN)/pytest -m 'not lab' -n $(JOBS) --dist loadfile $(ARGS)
 
 lab-test: dev
 	@$(BIN)/pytest -m lab $(ARGS)
