@@ -107,15 +107,18 @@ def test_time_that_a_client_was_thawed_is_no_blackout() -> None:
     ):  # fmt: skip
         tape.say(at, "vm1.1", event)
     tape.say(5, "update/1", ev.UpdateStarted(1, 0))
-    tape.say(160, "update/1", ev.UpdateAborted("somebody changed his mind"))
+    tape.say(
+        160, "update/1", ev.UpdateAborted("somebody changed his mind\x1b[31m " + "and said so at length " * 9)
+    )
     course = Story(tape.records).course()
     assert course is not None
     assert [span.name for span in course.sessions[0].spans] == [
         "preserving", "frozen", "preserving", "frozen", "preserving",
     ]  # fmt: skip
-    assert course.sessions[0].blackout_ms == 50
+    assert course.sessions[0].blackout_ms == course.blackout_ms == 50
     picture = draw(tape.records)
-    assert "somebody changed his mind" in picture
+    assert "somebody changed his mind?[31m and" in picture
+    assert max(map(len, picture.splitlines())) <= 80
     assert "vm1.1 aborted" in picture
 
 
@@ -125,6 +128,19 @@ def test_the_newest_update_unless_another_is_named() -> None:
     assert draw(tape.records).startswith("update/2: preparing, 0 sessions")
     assert draw(tape.records, update="update/1").startswith("update/1: done, 1 session,")
     assert draw(tape.records, update="update/3") == NOTHING == draw([])
+
+
+def test_the_blackout_is_the_time_in_which_anybody_stood_still() -> None:
+    tape = Tape()
+    tape.say(0, "update/1", ev.UpdateStarted(1, 0))
+    for name, ready, thawed in (("vm1.1", 10, 40), ("vm2.1", 20, 30), ("vm3.1", 90, 100)):
+        tape.say(1, name, ev.SessionBound(name[:-2], 1, OWNER))
+        tape.say(2, name, ev.SessionCreated("update/1", f"luod.{name}"))
+        tape.say(ready, name, ev.SessionReady())
+        tape.say(thawed, name, ev.SessionThawed("undone"))
+    course = Story(tape.records).course()
+    assert course is not None
+    assert (course.blackout_ms, course.worst_ms) == (40, 30)
 
 
 def lines(picture: str) -> Iterator[str]:
