@@ -95,6 +95,7 @@ class Crew:
             self.children.pop(name).stop()
 
         def grouped(pipe: int) -> int:
+            os.environ.pop("NOTIFY_SOCKET", None)  # readiness is for the supervisor to say
             place = CGROUPS / (group or name)
             place.mkdir(exist_ok=True)
             (place / "cgroup.procs").write_text("0", "ascii")
@@ -127,7 +128,7 @@ class Crew:
 
             def work(pipe: int, points: Points | None = points) -> int:
                 if points is not None:
-                    luod_main.injector = lambda kill_at="", trace=None: points  # noqa: ARG005
+                    vars(luod_main)["injector"] = lambda *_: points
                 if not may_boot:
                     drop_capability(CAP_SYS_BOOT)
                 return luod_main.run([*args, "--ready-fd", str(pipe)])
@@ -236,9 +237,13 @@ class Crew:
 
     def update(self) -> str:
         """Order an update and ask again whenever luod has died; return how it ended. A kexec ends this process instead."""
+        begun = False
         while True:
             try:
                 with self.link() as link:
+                    if not begun and (old := link.status()["update"]) and old["state"] in FINAL:
+                        self.ended.add(old["id"])
+                    begun = True
                     ended = self._ask(link)
             except LuodError:
                 if not self.children["luod"].ended(5.0):

@@ -35,16 +35,11 @@ def main(argv: list[str] | None = None) -> int:
             luod.watch()
             luod.kexec()
             while True:
-                event = luod.next_event(PATIENCE_S)
-                emit(
-                    "progress",
-                    name=event.name,
-                    fields={key: str(value)[:200] for key, value in event.fields.items()},
-                )
-                if event.fields.get("type", "").startswith(
-                    ("update.aborted", "update.refused", "update.failed")
-                ):
-                    print(f"the update ended without a jump: {event.fields}", file=sys.stderr)
+                record = luod.next_event(PATIENCE_S, names=("PROGRESS",)).fields["record"]
+                emit("progress", stream=record["stream"], type=record["type"], body=str(record["body"])[:400])
+                if record["type"].startswith("update.aborted."):
+                    why = record["body"].get("reason", "")
+                    print(f"{record['stream']} was aborted: {why}", file=sys.stderr)
                     return 1
     except LuodError as error:
         print(error, file=sys.stderr)

@@ -113,7 +113,8 @@ def lab_demo(
 ) -> tuple[dict[str, Any], LabRun]:
     """Run a whole update between two kernels and return the demo's result object and the run.
 
-    With `crash`, luod is killed at every crash point on the way, and more updates follow from `next_kernel` to itself. `size` is each client's memory in bytes. The run's directory also gets `timeline.txt`. Raises `LabRunFailed` when a step failed,
+    With `crash`, luod is killed at every crash point on the way, and more updates follow from `next_kernel` to itself.
+    `size` is each client's memory in bytes. The run's directory also gets `timeline.txt`. Raises `LabRunFailed` when a step failed,
     and `LabUnavailable` when the lab cannot run here. The guest's clock starts at a full second in each boot, so `blackout_ms` is right
     to about one second.
     """
