@@ -16,8 +16,9 @@ from msgspec.structs import replace
 from ..cli.printing import WIDE, colored, width
 from ..journal.replay import Replay
 from ..timeline import Course, Story, draw_course
-from .host import Host, Outcome, Setting, discard, journal_of, workspace
 from .invariants import problems
+from .outcome import Outcome, Setting, discard, journal_of, workspace
+from .run import Run
 from .sweep import Verdict, all_settings, sweep, title, twice
 
 SWEEP_SESSIONS = 2
@@ -113,7 +114,7 @@ def _single(base: Path, setting: Setting, as_json: bool, *, kept: bool) -> int:
         if not as_json:
             click.echo(f"  {text}", err=True)
 
-    host = Host(base, setting, say)
+    host = Run(base, setting, say)
     try:
         outcome = host.run()
     finally:

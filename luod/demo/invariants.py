@@ -15,7 +15,7 @@ from ..engine.book import Book
 from ..journal.verify import verify
 from ..states.names import BLACK_BOX_SESSION, kernel_name
 from ..views import session_json
-from .host import Outcome, Setting, journal_of, leaked
+from .outcome import Outcome, Setting, journal_of, leaked
 
 
 def problems(outcome: Outcome, setting: Setting, directory: Path) -> list[str]:

@@ -12,9 +12,10 @@ from pathlib import Path
 import msgspec
 
 from ..states.errors import LuodError
-from .host import Host, Outcome, Setting, discard
 from .invariants import problems
+from .outcome import Outcome, Setting, discard
 from .process import Child
+from .run import Run
 
 
 class Verdict(msgspec.Struct, frozen=True):
@@ -33,7 +34,7 @@ class Verdict(msgspec.Struct, frozen=True):
 
 def one_run(directory: Path, setting: Setting) -> tuple[Outcome | None, list[str]]:
     """Make one run; return what it showed and what is wrong with it."""
-    host = Host(directory, setting)
+    host = Run(directory, setting)
     try:
         outcome = host.run()
     except (LuodError, OSError, KeyError, AssertionError) as error:

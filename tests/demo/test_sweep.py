@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from luod.daemon import director, effects
 from luod.demo.command import at_point
-from luod.demo.host import Setting
+from luod.demo.outcome import Setting
 from luod.demo.sweep import Verdict, all_settings, one_run, sweep, twice, verdict_of
 from luod.engine import runner
 from luod.engine.ports import Intent
