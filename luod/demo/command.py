@@ -14,6 +14,7 @@ import click
 from msgspec.structs import replace
 
 from ..cli.printing import WIDE, colored, width
+from ..engine.points import STAGES
 from ..journal.replay import Replay
 from ..timeline import Course, Story, draw_course
 from .invariants import problems
@@ -21,6 +22,7 @@ from .outcome import Outcome, Setting, discard, journal_of, workspace
 from .run import Run
 from .sweep import Verdict, all_settings, sweep, title, twice
 
+SWEEPS = ("all", "twice", "list")
 SWEEP_SESSIONS = 2
 SWEEP_BYTES = 64 << 10
 
@@ -57,16 +59,16 @@ def demo(
         sessions=sessions or (SWEEP_SESSIONS if crash else 8),
         size=int(mib * (1 << 20)) if mib else (SWEEP_BYTES if crash else 16 << 20),
     )
-    base = keep if keep is not None else workspace()
-    if keep is not None and keep.exists() and any(keep.iterdir()):
-        raise click.UsageError(f"{keep} is not empty; --keep needs a new directory")
-    base.mkdir(parents=True, exist_ok=True)
+    point = at_point(setting, crash or "")
+    base = kept_in(keep) if keep is not None else workspace()
     code = 1
     try:
-        if crash in ("all", "twice", "list"):
-            code = _sweep(base, setting, jobs, as_json, crash)
-        else:
-            code = _single(base, at_point(setting, crash or ""), as_json, kept=keep is not None)
+        kept = keep is not None
+        code = (
+            _sweep(base, setting, jobs, as_json, crash)
+            if crash in SWEEPS
+            else _single(base, point, as_json, kept=kept)
+        )
     except (KeyboardInterrupt, click.Abort):
         code = 0  # nothing went wrong that would be worth keeping
         raise
@@ -77,11 +79,32 @@ def demo(
 
 
 def at_point(setting: Setting, point: str) -> Setting:
-    """Return the setting in which luod dies at a point, written `key:stage` or, for one of the two boots, `boot:key:stage`."""
+    """Return the setting in which luod dies at a point, written `key:stage` or, for one of the two boots, `boot:key:stage`.
+
+    Raises `click.UsageError` for what cannot be a point.
+    """
+    if point in ("", *SWEEPS):
+        return setting
     boot, _, name = point.partition(":")
-    if boot in ("1", "2"):
-        return replace(setting, kill_at=name, boot=int(boot))
-    return replace(setting, kill_at=point)
+    if boot not in ("1", "2"):
+        boot, name = "0", point
+    if name.rpartition(":")[2] not in STAGES:
+        raise click.UsageError(
+            f"{point!r} is no crash point: they end in {', '.join(f':{stage}' for stage in STAGES)}; `--crash list` shows them"
+        )
+    return replace(setting, kill_at=name, boot=int(boot))
+
+
+def kept_in(directory: Path) -> Path:
+    """Make the directory that is to be kept. Raises `click.UsageError` when it cannot be made or holds something already."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        empty = not any(directory.iterdir())
+    except OSError as error:
+        raise click.UsageError(f"{directory} cannot be used: {error.strerror}") from None
+    if not empty:
+        raise click.UsageError(f"{directory} is not empty; --keep needs a new directory")
+    return directory
 
 
 def course_of(base: Path) -> Course | None:

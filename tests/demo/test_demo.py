@@ -95,6 +95,24 @@ def test_a_kept_directory_is_never_written_over(disk_path: Path) -> None:
     assert [one.name for one in disk_path.iterdir()] == ["precious"]
 
 
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--crash", "everywhere"], "is no crash point"),
+        (["--crash", "1:vm0.1/hand"], "is no crash point"),
+        (["--keep", "/proc/nowhere"], "cannot be used"),
+        (["--sessions", "0"], "--sessions"),
+        (["--mib", "lots"], "--mib"),
+    ],
+)
+def test_what_cannot_be_is_said_at_once(args: list[str], said: str, disk_path: Path) -> None:
+    done = demo(*args, TMPDIR=str(disk_path))
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) <= 2
+    assert list(disk_path.iterdir()) == []
+
+
 def test_ctrl_c_leaves_nothing(disk_path: Path) -> None:
     """Ctrl-C goes to the whole process group, as a terminal sends it."""
     process = subprocess.Popen(
