@@ -47,5 +47,7 @@ def test_during_and_after_an_update_that_is_undone(world: World) -> None:
         for name in ("order1.1", "order2.1"):
             assert admin.session(name)["session"]["state"] == "aborted"
             assert admin.session(name)["session"]["anomalies"] == []
+        for name in ("order1.2", "order2.2"):
+            world.wait_record("session.bound", name)
     for name in ("order1.2", "order2.2"):
         world.wait_record("session.aborted", name)
