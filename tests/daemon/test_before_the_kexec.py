@@ -23,7 +23,7 @@ def undone(scene: Scene, *actors: Actor) -> None:
     scene.wait("update.aborted", "update/1")
     for actor in actors:
         assert scene.state(f"{actor.name}.1") == "aborted"
-        scene.wait("session.bound", f"{actor.name}.2")
+        assert scene.state(f"{actor.name}.2") == "new", "bound again before the update has ended"
     assert scene.outgoing() == set()
     assert scene.kept() == {"luod.internal", "luod.ring"}
 

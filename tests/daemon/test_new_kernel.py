@@ -12,6 +12,7 @@ from daemon_scene import TOKEN, Actor, NewScene, Scene
 from readme_client import readme_second_boot
 
 from luod.adapters.keeper.client import Keeper
+from luod.client import ClientError
 
 OWNER, OTHER = 12345, 65534
 PLAN = [{"token": "0x1a", "kind": "memfd", "size": 4096, "plan": [{"step": "verify"}, {"step": "map"}]}]
@@ -36,6 +37,22 @@ def done(scene: Scene, **counts: int) -> None:
     assert scene.wait("update.done", "update/1") == {
         "finished": 0, "lost": 0, "failed": 0, "expired": 0, **counts
     }  # fmt: skip
+
+
+def test_f21_somebody_else_has_retrieved_the_session(scene: Scene) -> None:
+    """Retrieved once per boot: luod says so and keeps it as it is; with its last close it is gone, and then it is lost."""
+    (vm1,) = arrived(scene, "vm1")
+    taken = scene.world.kernel.retrieve_session("luod.vm1.1")
+    try:
+        with scene.world.client() as link, pytest.raises(ClientError) as caught:
+            link.claim("vm1")
+    finally:
+        os.close(taken)
+    assert caught.value.code == "KERNEL"
+    assert "somebody else retrieved it" in caught.value.hint
+    assert scene.state("vm1") == "rebooting"
+    assert vm1.refused("CLAIM").code == "LOST"
+    done(scene, lost=1)
 
 
 @pytest.mark.parametrize("stage", ["after_intent", "after_call", "after_outcome"])
