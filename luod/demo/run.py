@@ -25,7 +25,7 @@ from .outcome import Outcome, leaked
 from .process import Child
 
 CMDLINE = "console=ttyS0 kho=on liveupdate=on"
-LEAK_S = 1.0
+LEAK_S = 5.0
 
 
 class Run(Host):
@@ -205,7 +205,7 @@ class Run(Host):
             book[name] = self._children[name].fds()
 
     def _settle_fds_after(self, link: Client) -> None:
-        """Note what is open in the end. A connection that is just being closed is no leak: a leak is still there a second later."""
+        """Note what is open in the end. A connection that is just being closed is no leak: a leak is still there after `LEAK_S`."""
         patience = time.monotonic() + LEAK_S
         while True:
             self._settle_fds(link, self.outcome.fds_after)
