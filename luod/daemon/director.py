@@ -382,9 +382,10 @@ class Director:
     async def _undo(self, update: str) -> None:
         reason = self._update(update).abort_reason
         await self.luod.ending.undo(self._in_kernel(update), reason)
-        await self.luod.pulse.until(lambda: not self._in_kernel(update), float("inf"))
+        ending = self.luod.ending
+        await self.luod.pulse.until(lambda: not (self._in_kernel(update) or ending.busy), float("inf"))
+        await ending.rebind()  # before the end, so that an update begun right after it has everybody
         await self.engine.record((update, ev.UpdateAborted(reason)))
-        await self.luod.ending.rebind()
 
     def _in_kernel(self, update: str) -> list[str]:
         """Return the sessions of an update that have come as far as the kernel, or are on their way."""

@@ -61,11 +61,16 @@ class Ending:
     async def rebind(self) -> None:
         """Bind again the clients that are still connected after their session was undone.
 
-        Not before the update has ended: one that it went on without would else be asked again at once.
+        Not while the update goes on without one: it would be asked again at once.
         """
         undone, self._undone = self._undone, []
         for name in undone:
             await self.luod.rebind(self._session(name))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a session is being undone."""
+        return bool(self._undoing)
 
     async def _ask(self, names: Sequence[str], reason: str) -> None:
         asked: list[tuple[str, ev.Event]] = []

@@ -300,9 +300,9 @@ def test_a_client_that_finishes_without_a_word(new_scene: NewScene) -> None:
 def test_finished_before_finish(scene: Scene) -> None:
     (vm1,) = arrived(scene, "vm1")
     vm1.say("CLAIM")
-    rows = scene.status()["journal"]["rows"]
+    before = scene.types("vm1.1")
     assert vm1.refused("FINISHED").code == "NOT_FINISHED"
-    assert scene.status()["journal"]["rows"] == rows
+    assert scene.types("vm1.1") == before
     vm1.restore()
     vm1.finish_and_say()
 
