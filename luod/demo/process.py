@@ -121,7 +121,9 @@ def _become(work: Callable[[int], int], pipe: int, log: Path, mask: set[int]) ->
         os.closerange(201, 1 << 16)
         os.set_inheritable(200, False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the harness, which then stops everybody in order
+        signal.signal(
+            signal.SIGINT, signal.SIG_IGN
+        )  # a Ctrl-C is for the harness, which then stops everybody in order
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (the process ends with it)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115

@@ -8,13 +8,17 @@ compared and every session is finished.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..course import blackout
 from ..engine.book import Book
+from ..journal.record import Record
 from ..journal.replay import Replay
-from ..timeline import blackout, draw_book
+from ..states.codec import decode
+from ..states.events import EffectIntended, EffectOutcome
+from ..timeline import draw_book
 from .images import KernelImage
 from .machine import Machine
 from .outcome import LabRun
@@ -133,7 +137,8 @@ def judge(done: LabRun, kernel: KernelImage, next_kernel: KernelImage) -> dict[s
     """Read the journal that a run left, draw its timeline, and return the demo's result object."""
     journal = done.file("luod/journal.db")
     with Replay(journal) as replay:
-        book = Book(replay)
+        records = list(replay)
+    book = Book(records)
     (done.directory / "timeline.txt").write_text(draw_book(book, width=100), encoding="utf-8")
     last = book.updates()[-1]
     sessions = [one for one in book.sessions() if one.update == last.id]
@@ -151,8 +156,26 @@ def judge(done: LabRun, kernel: KernelImage, next_kernel: KernelImage) -> dict[s
             for event in done.of("client")
             if event["at"] == "finished" and event["boot"] == len(done.boots) - 1
         ),
-        "crash_points": len({(event["side"], event["point"]) for event in crashes}),
+        "crash_points": len({event["point"] for event in crashes}) if crashes else passed(records),
         "recoveries": len(crashes),
         "blackout_ms": round(black.total_ms, 1) if black else None,
         "journal": str(journal),
+        "detail": {"ending": str(last.state), "problems": []},
     }
+
+
+def passed(records: Iterable[Record]) -> int:
+    """Return how many crash points luod has passed where it was not killed: two around each intent, two around each call's outcome."""
+    seen: set[tuple[str, str, str]] = set()
+    for record in records:
+        event = decode(record.type, record.body)
+        # The black box is looked for before anything is recorded, so its retrieval has no points.
+        if isinstance(event, EffectIntended):
+            counts = event.kind != "box.retrieve"
+        elif isinstance(event, EffectOutcome):
+            counts = event.how == "called"
+        else:
+            continue
+        if counts:
+            seen.add((record.type, event.key, record.boot_id))
+    return 2 * len(seen)
