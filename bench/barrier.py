@@ -8,7 +8,8 @@ frozen, all but one are READY. The clock (CLOCK_BOOTTIME) starts right before th
 kexec, so that the update can be repeated: the clock stops at luod's record that the call has come back, which is placed the moment it has.
 So the time holds one line on a socket, the barrier, every fsync before the call, the scratch session and the call itself, but no jump.
 Transactions are counted in the journal: rows of one transaction carry one time. Each is one fsync of the log; none comes after the last
-words. Medians over the rounds; milliseconds of a loaded machine say little, the counts are of distinct journal transactions: a bound from above, since group commit can only join them.
+words. Medians over the rounds; milliseconds of a loaded machine say little. The counts are of distinct journal transactions, which bound
+the fsyncs from above: group commit can only join them.
 """
 
 from __future__ import annotations
