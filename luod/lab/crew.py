@@ -13,6 +13,7 @@ import functools
 import json
 import os
 import select
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -86,6 +87,10 @@ class Crew:
         """Called when luod has killed itself, before it is started again."""
         for directory in (RUN, LOGS):
             directory.mkdir(parents=True, exist_ok=True)
+        if STATE.is_dir():
+            shutil.copytree(
+                STATE, STATE.with_name(f"luod-after-boot-{int(self.boot) - 1}"), dirs_exist_ok=True
+            )
         (RUN / "luod.toml").write_text(CONFIG, "ascii")
 
     # -- processes

@@ -11,6 +11,7 @@ from typing import Any
 from .disk import read_state_disk
 from .errors import LabError, LabRunFailed
 from .script import Boot
+from .traces import draw, last_words
 
 CONSOLE_LINES = 25
 PANIC = re.compile(r"Kernel panic - not syncing: (.*)")
@@ -40,9 +41,13 @@ class LabRun:
             self._place = (int(event["boot"]), str(event.get("step", event["event"])))
 
     def finish(self) -> None:
-        """Bring the state disk's files out; the image itself is kept only when something went wrong."""
+        """Bring the state disk's files out and draw the timeline of luod's journal, if there is one.
+
+        The image itself is kept only when something went wrong.
+        """
         image = self.directory / "state.img"
         read_state_disk(image, self.state)
+        draw(self.directory)
         if not self.problem():
             image.unlink()
 
@@ -103,7 +108,7 @@ class LabRun:
     # -- judgement -------------------------------------------------------------------------------------------------------------
 
     def check(self) -> LabRun:
-        """Return this run if it went as its script wants, else raise `LabRunFailed` with the place and the last console lines."""
+        """Return this run if it went as its script wants, else raise `LabRunFailed` with the place and the last lines of each file."""
         problem = self.problem()
         if problem:
             raise LabRunFailed(f"{problem}\n{self._last_lines()}", hint=self._files())
@@ -140,7 +145,8 @@ class LabRun:
         log = self.directory / "qemu.log"
         said = log.read_text("utf-8", "replace").strip() if log.exists() else ""
         parts = ["--- last lines of the console", *lines] if lines else ["--- the console is empty"]
-        return "\n".join([*parts, *(["--- QEMU says", said] if said else [])])
+        parts += ["--- QEMU says", said] if said else []
+        return "\n".join([*parts, *last_words(self.directory)])
 
     def _files(self) -> str:
         return f"everything about this run is in {self.directory}"

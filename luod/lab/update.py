@@ -18,7 +18,6 @@ from ..journal.record import Record
 from ..journal.replay import Replay
 from ..states.codec import decode
 from ..states.events import EffectIntended, EffectOutcome
-from ..timeline import draw_book
 from .images import KernelImage
 from .machine import Machine
 from .outcome import LabRun
@@ -134,12 +133,11 @@ def lab_demo(
 
 
 def judge(done: LabRun, kernel: KernelImage, next_kernel: KernelImage) -> dict[str, Any]:
-    """Read the journal that a run left, draw its timeline, and return the demo's result object."""
+    """Read the journal that a run left, and return the demo's result object."""
     journal = done.file("luod/journal.db")
     with Replay(journal) as replay:
         records = list(replay)
     book = Book(records)
-    (done.directory / "timeline.txt").write_text(draw_book(book, width=100), encoding="utf-8")
     last = book.updates()[-1]
     sessions = [one for one in book.sessions() if one.update == last.id]
     black = blackout(sessions)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from luod.journal.record import Entry
+from luod.journal.writer import Journal
 from luod.lab import accel
 from luod.lab.disk import find_tool, make_state_disk, read_state_disk
 from luod.lab.errors import LabError, LabRunFailed, LabUnavailable
@@ -18,6 +20,8 @@ from luod.lab.jump import next_cmdline
 from luod.lab.machine import Machine
 from luod.lab.outcome import LabRun
 from luod.lab.script import Boot, python, run
+from luod.lab.traces import draw
+from luod.states.events import UpdateStarted
 
 needs_e2fsprogs = pytest.mark.skipif(
     shutil.which("mke2fs", path=f"{os.environ['PATH']}:/usr/sbin:/sbin") is None,
@@ -107,6 +111,36 @@ def test_failure_shows_the_last_lines_of_the_console_and_of_qemu(tmp_path) -> No
 
 
 LINE = "console=ttyS0 ro quiet kho=on liveupdate=on init=/bin/python -- -I -S guest.py"
+
+
+def test_failure_shows_the_last_records_of_each_boots_journal_and_the_timeline(tmp_path) -> None:
+    for boot, number in (("luod-after-boot-0", 1), ("luod", 2)):
+        (tmp_path / "state" / boot).mkdir(parents=True)
+        with Journal.open(
+            tmp_path / "state" / boot / "journal.db", boot_id="b", run_id="r", volatile=True
+        ) as journal:
+            journal.append([Entry(f"update/{number}", UpdateStarted(number, 0, (), 60.0))])
+    draw(tmp_path)
+    found = ran(tmp_path, [BOOT], UP)
+    with pytest.raises(LabRunFailed) as failure:
+        found.check()
+    text = failure.value.message
+    first, second = text.index("state/luod-after-boot-0/journal.db"), text.index("state/luod/journal.db")
+    assert (
+        first < text.index("update/1 update.started.v1") < second < text.index("update/2 update.started.v1")
+    )
+    drawn = (tmp_path / "timeline.txt").read_text("utf-8").splitlines()
+    assert "update/2" in "".join(drawn)
+    assert text.endswith(drawn[-1])
+
+
+def test_journal_that_cannot_be_read_does_not_hide_the_failure(tmp_path) -> None:
+    (tmp_path / "state" / "luod").mkdir(parents=True)
+    (tmp_path / "state" / "luod" / "journal.db").write_bytes(b"no journal")
+    draw(tmp_path)
+    with pytest.raises(LabRunFailed, match="stopped in boot 0"):
+        ran(tmp_path, [BOOT], UP).check()
+    assert (tmp_path / "timeline.txt").read_text("utf-8") == "no update in this journal\n"
 
 
 def test_next_command_line_is_the_same_or_has_other_live_update_arguments() -> None:
