@@ -143,7 +143,7 @@ def test_a_thousand_fds(wire: Wire, shared_world: World) -> None:
 
 @pytest.mark.usefixtures("still")
 def test_fds_that_nobody_wants_are_closed(wire: Wire, shared_world: World) -> None:
-    before = len(shared_world.luod.fds())
+    before = shared_world.resting_fds()
     with open("/dev/null", "rb") as null:
         wire.send(b'{"cmd":"PING","seq":1,"fds":3}\n', [null.fileno()] * 3)
         assert wire.line()["ok"] is True
@@ -152,7 +152,7 @@ def test_fds_that_nobody_wants_are_closed(wire: Wire, shared_world: World) -> No
         wire.send(b'{"cmd":"ADOPT","id":"nobody","seq":3,"fds":1}\n', [null.fileno()])
         assert wire.line()["error"]["code"] == "UNKNOWN_ID"
     assert wire.reply(cmd="PING")["ok"] is True  # by its answer the message before it is done with
-    assert len(shared_world.luod.fds()) == before
+    assert shared_world.settled_fds(before) == before
 
 
 @pytest.mark.usefixtures("still")
