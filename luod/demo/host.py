@@ -19,7 +19,7 @@ from ..client import Client
 from ..daemon import __main__ as luod_main
 from . import client as demo_client
 from .outcome import DemoFailed, Outcome, Setting, is_volatile
-from .process import Child
+from .process import Child, undisturbed
 
 PATIENCE_S = 90.0
 LONGEST_ADDRESS = 107
@@ -77,8 +77,10 @@ class Host:
         old = self._children.pop(name, None)
         if old is not None:
             old.stop()
-        child = Child(name, work, self.dir / "logs" / f"{name.replace('/', '-')}.log")
-        self._children[name] = child
+        with undisturbed():
+            child = self._children[name] = Child(
+                name, work, self.dir / "logs" / f"{name.replace('/', '-')}.log"
+            )
         return child
 
     def _ready(self, child: Child) -> None:

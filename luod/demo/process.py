@@ -13,8 +13,23 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+
+_STOPPING = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextlib.contextmanager
+def undisturbed() -> Generator[None]:
+    """Let a Ctrl-C or SIGTERM wait until the block is left.
+
+    Between fork and the moment that somebody knows the child, it would leave a child that nobody ends, or one that speaks as its parent.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class Child:
@@ -28,23 +43,13 @@ class Child:
         read, write = os.pipe2(os.O_CLOEXEC)
         sys.stdout.flush()
         sys.stderr.flush()
-        # A Ctrl-C between the fork and the end of this block would be a child that nobody knows, or one that speaks as its parent.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        try:
+        with undisturbed():
             self.pid = os.fork()
             if self.pid == 0:
-                _become(work, write, log, before)
+                _become(work, write, log)
             os.close(write)
             self.pidfd = os.pidfd_open(self.pid)
             self.pipe = read
-        except BaseException:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            raise
-        try:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        except BaseException:  # the Ctrl-C that waited: nobody knows this child yet but we
-            self.stop()
-            raise
 
     def line(self, timeout: float | None = None) -> bytes:
         """Return the next line that the process reports; empty when it has ended or `timeout` seconds have passed."""
@@ -107,7 +112,7 @@ class Child:
         return sorted(kinds)
 
 
-def _become(work: Callable[[int], int], pipe: int, log: Path, mask: set[int]) -> None:
+def _become(work: Callable[[int], int], pipe: int, log: Path) -> None:
     """Be the child: its log as standard output and error, the pipe, and nothing else."""
     code = 1
     try:
@@ -124,7 +129,7 @@ def _become(work: Callable[[int], int], pipe: int, log: Path, mask: set[int]) ->
         signal.signal(
             signal.SIGINT, signal.SIG_IGN
         )  # a Ctrl-C is for the harness, which then stops everybody in order
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (the process ends with it)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         code = work(200)

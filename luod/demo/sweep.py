@@ -14,7 +14,7 @@ import msgspec
 from ..states.errors import LuodError
 from .invariants import problems
 from .outcome import Outcome, Setting, discard
-from .process import Child
+from .process import Child, undisturbed
 from .run import Run
 
 
@@ -116,8 +116,9 @@ def sweep(
         while waiting or running:
             while waiting and len(running) < jobs:
                 number, setting = waiting.pop(0)
-                child = _launch(base / f"point-{number:03}", setting, run)
-                running[child.pipe] = (child, title(setting))
+                with undisturbed():
+                    child = _launch(base / f"point-{number:03}", setting, run)
+                    running[child.pipe] = (child, title(setting))
             poll = select.poll()
             for pipe in running:
                 poll.register(pipe, select.POLLIN)

@@ -123,12 +123,12 @@ def test_binary_noise(wire: Wire) -> None:
 
 @pytest.mark.usefixtures("still")
 def test_a_thousand_fds(wire: Wire, shared_world: World) -> None:
-    before = len(shared_world.luod.fds())
+    before = shared_world.resting_fds()
     with open("/dev/null", "rb") as null:
         for _ in range(10):
             wire.send(b'{"cmd":"PING","seq":1}\n', [null.fileno()] * 100)
             assert wire.line() == {"reply": 1, "ok": True}
-        assert len(shared_world.luod.fds()) == before
+        assert shared_world.settled_fds(before) == before
         # Sent with an unfinished line they wait for its end, but not without limit.
         for _ in range(10):
             wire.send(b" ", [null.fileno()] * 100)
@@ -138,7 +138,7 @@ def test_a_thousand_fds(wire: Wire, shared_world: World) -> None:
             answers.append(wire.line())
     assert {one["error"]["code"] for one in answers[:-1]} <= {"TOO_MANY_FDS"}
     assert wire.reply(cmd="PING")["ok"] is True
-    assert len(shared_world.luod.fds()) == before
+    assert shared_world.settled_fds(before) == before
 
 
 @pytest.mark.usefixtures("still")
