@@ -198,8 +198,11 @@ def test_f17_stopped_when_everybody_is_ready(scene: Scene) -> None:
     vm1.say("READY")
     scene.control.wait_hit(fault)
     assert scene.world.luod is not None
-    scene.world.luod.process.send_signal(signal.SIGTERM)
-    scene.wait("daemon.stopped", "luod")
+    with scene.world.client() as watcher:  # connected before: a luod that ends answers nobody new
+        watcher.watch()
+        scene.world.luod.process.send_signal(signal.SIGTERM)
+        while not watcher.next_event(names=["PROGRESS"])["record"]["type"].startswith("daemon.stopped"):
+            pass
     scene.control.release(fault)
     assert scene.world.luod.wait() == 0
     scene.world.start_luod()
