@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from ..client import Client
-from ..conversation import ConnectionLost, Timeout
+from ..conversation import ConnectionLost, Timeout, TransportError
 from ..states.errors import LuodError
 from . import reach, sentences
 from .printing import clean, clock
@@ -146,7 +146,11 @@ class Follower:
                     self._reached, gone = True, False
                     while last is not None and not until(last):
                         self._next(client, last)
-                        last = newest(client)
+                        try:
+                            last = newest(client)
+                        except ConnectionLost:
+                            self._last_words(client)
+                            raise
                     return last
             except ConnectionLost:
                 if time.monotonic() >= self._deadline:
@@ -154,6 +158,17 @@ class Follower:
                 if not gone:
                     self._progress.line("luod has gone; waiting for it to come back")
                 gone = True
+
+    def _last_words(self, client: Client) -> None:
+        """Take in what luod still said before it went: the kexec comes right behind its last record."""
+        while True:
+            try:
+                with client.next_event(0, names=["PROGRESS"]) as event:
+                    record = event["record"]
+            except TransportError:
+                return
+            self._after = max(self._after or 0, int(record["id"]))
+            self._progress.record(record)
 
     def _next(self, client: Client, update: Json) -> None:
         """Take in records until the update may have changed."""
