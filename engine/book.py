@@ -49,7 +49,6 @@ class Book:
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
         self.streams: dict[str, Folded] = {}
-        self.last_boot: dict[str, str] = {}
         self.unknown: dict[str, str] = {}
         self._judge = Judge()
         for row in rows:
@@ -69,7 +68,6 @@ class Book:
             note = f"record {row.id}: {error.message}"
             new = replace(old, seq=old.seq + 1, anomalies=(*old.anomalies, note))
         self.streams[row.stream] = new
-        self.last_boot[row.stream] = row.boot_id
         return new
 
     def admit(self, events: Sequence[tuple[str, Event]], boot_id: str) -> None:

@@ -60,6 +60,10 @@ class Streamed(msgspec.Struct, frozen=True, kw_only=True):
         """Return the effects that were intended and have no outcome, or an unknown one."""
         return [effect for effect in self.effects.values() if effect.status in ("intended", "unknown")]
 
+    def last_boot(self) -> str:
+        """Return the boot in which it came to where it is; empty before its first event."""
+        return max(((at.id, at.boot_id) for at in self.entered.values()), default=(0, ""))[1]
+
     def done(self, key: str) -> bool:
         """Say whether the effect of this key has happened."""
         effect = self.effects.get(key)

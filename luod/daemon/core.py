@@ -227,10 +227,6 @@ class Luod:
         except IllegalTransition:
             log.info("%s was bound again meanwhile", session.client)
 
-    def client_held(self, session: Session) -> bool:
-        """Say whether luod holds the session fd itself."""
-        return self.held.has(session.kernel_name)
-
     # -- journal
 
     def _listen(self, record: Record) -> None:

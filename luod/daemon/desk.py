@@ -284,8 +284,9 @@ class Desk:
                     f"session {session.id} is {session.state}",
                     hint="there is nothing to claim; start cold",
                 )
-            boots = [(at.id, at.boot_id) for at in session.entered.values()]
-            if session.state == S.NEW or (session.state in OUTGOING and max(boots)[1] == self.engine.boot_id):
+            if session.state == S.NEW or (
+                session.state in OUTGOING and session.last_boot() == self.engine.boot_id
+            ):
                 raise out_of_order(session, "CLAIM")
             speaker = self.luod.connection(session)
             if speaker is not None and speaker is not connection:

@@ -294,7 +294,7 @@ class Director:
     def _unfinished(self, session: Session) -> bool:
         """Say whether a kernel session of an earlier boot waits for its client. Another kexec destroys it."""
         if session.state in OUTGOING:
-            return max((at.id, at.boot_id) for at in session.entered.values())[1] != self.engine.boot_id
+            return session.last_boot() != self.engine.boot_id
         return session.state in UNFINISHED
 
     async def _invite(self, update: str) -> None:

@@ -110,7 +110,7 @@ async def _sessions(luod: Luod, boot_held: HeldAnswer, why: str) -> None:
             continue
         if session.state == S.FAILED and session.done(f"{session.id}/release"):
             continue  # nothing is held of it; a person ends it
-        same = _last_boot(session) == engine.boot_id
+        same = session.last_boot() == engine.boot_id
         if same:
             held: HeldAnswer = "yes" if session.kernel_name in names else "no"
             if held == "no" and session.state in (S.RETRIEVED, S.RESTORED, S.FAILED):
@@ -188,8 +188,3 @@ async def _update(luod: Luod, held: HeldAnswer, news: BoxNews, why: str) -> None
             await engine.record((update.id, ev.UpdateLost(cause)))
         case UpdateAction.KEEP:
             pass
-
-
-def _last_boot(session: Session) -> str:
-    boots = [(at.id, at.boot_id) for at in session.entered.values()]
-    return max(boots)[1] if boots else ""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
 
-from ..engine.ports import Intent
 from ..states.errors import LuodError
 from ..states.names import BLACK_BOX_SESSION
 from ..states.table import SESSION
 from .effects import RING
+from .ending import release
 
 if TYPE_CHECKING:
     from .core import Luod
@@ -73,7 +73,7 @@ async def release_ended(luod: Luod, names: set[str]) -> None:
         one for one in luod.engine.book.sessions() if one.state in SESSION.final and one.kernel_name in names
     ]
     await luod.engine.perform(
-        *(Intent(one.id, f"{one.id}/release", "session.release", {"name": one.kernel_name}) for one in ended),
+        *map(release, ended),
         again=True,
     )
     known = {one.kernel_name for one in luod.engine.book.sessions()} | {BLACK_BOX_SESSION, RING}
