@@ -27,7 +27,7 @@ from ..states.errors import LuodError
 from ..states.events import EffectIntended, EffectOutcome, EffectVoided, Event
 from ..states.fold import Effect as EffectRecord
 from .book import Book
-from .errors import EngineError, Refused
+from .errors import EngineError, Refused, Unresolved
 from .points import Points, nowhere
 from .ports import Absent, Done, Effect, Intent, Probe, Unknown
 from .reconcile import Action, Answer, effect_action
@@ -74,6 +74,11 @@ class Engine:
         self._busy: set[str] = set()
         self._idle: anyio.Event | None = None
 
+    @property
+    def kinds(self) -> frozenset[str]:
+        """The kinds of effects that can be made here."""
+        return frozenset(self._effects)
+
     # -- events
 
     async def record(self, *events: tuple[str, Event], cause: int | None = None) -> list[Record]:
@@ -118,6 +123,55 @@ class Engine:
             todo = [next_try for intent in intents if (next_try := self._next_try(intent, again))]
             await self._run_alone(todo, saying)
         return [self._effect(intent) for intent in intents]
+
+    async def ensure(self, intent: Intent) -> EffectRecord:
+        """See that an effect stands, whatever an earlier attempt has left: its probe decides, asked with these arguments.
+
+        For effects that can vanish after their outcome is recorded, as an open fd does with its process. What the probe cannot tell is
+        made again if it is repeatable; else a recorded outcome is believed, and a doubt raises `Unresolved`. A refusal by the world is
+        an outcome with status `failed`.
+        """
+        with anyio.CancelScope(shield=True):
+            while intent.key in self._busy:
+                self._idle = self._idle or anyio.Event()
+                await self._idle.wait()
+            record = self.book.streams.get(intent.stream)
+            old = record.effects.get(intent.key) if record else None
+            if old is not None and old.boot_id != self.boot_id and old.status in ("intended", "unknown"):
+                await self._settle(intent.stream, old)
+                old = self._effect(intent)
+            if old is not None and await self._stands(intent, old):
+                return self._effect(intent)
+            attempt = old.attempt + 1 if old else intent.attempt
+            await self._run_alone([replace(intent, attempt=attempt)])
+        return self._effect(intent)
+
+    async def _stands(self, intent: Intent, old: EffectRecord) -> bool:
+        """Say whether an effect of this boot is still in the world; one that was in doubt and is there gets its outcome."""
+        if old.boot_id != self.boot_id or old.status in ("failed", "voided"):
+            return False
+        adapter = self._adapter(intent)
+        answer = await anyio.to_thread.run_sync(self._probe, adapter, intent)
+        doubtful = old.status != "done"
+        if isinstance(answer, Done):
+            if doubtful:
+                adopted = EffectOutcome(intent.key, "done", how="adopted", result=answer.result)
+                await self.record((intent.stream, adopted))
+            return True
+        if isinstance(answer, Absent) or adapter.repeatable:
+            return False
+        if doubtful:
+            await self._unknown(intent, old, answer.why or "the world cannot tell")
+            raise Unresolved(
+                f"{intent.key} is in doubt: {answer.why}", hint=f"`luoctl resolve {intent.key} ...`"
+            )
+        return True
+
+    def _adapter(self, intent: Intent) -> Effect:
+        adapter = self._effects.get(intent.kind)
+        if adapter is None:
+            raise EngineError(f"{intent.key}: no adapter for effects of kind {intent.kind!r}")
+        return adapter
 
     async def _run_alone(self, intents: Sequence[Intent], saying: Sequence[tuple[str, Event]] = ()) -> None:
         keys = {intent.key for intent in intents}
@@ -173,8 +227,7 @@ class Engine:
                 f"{intent.key} is in doubt",
                 hint=f"settle it with `luoctl resolve {intent.key} ...`",
             )
-        if intent.kind not in self._effects:
-            raise EngineError(f"{intent.key}: no adapter for effects of kind {intent.kind!r}")
+        self._adapter(intent)
         if old is None:
             return intent
         if old.status == "done" and old.boot_id == self.boot_id and not again:
@@ -186,8 +239,8 @@ class Engine:
 
     # -- reconciliation
 
-    async def settle(self) -> list[EffectRecord]:
-        """Settle every effect in doubt; return those that only a person can settle.
+    async def settle(self, *, leave: Callable[[str], bool] = lambda _key: False) -> list[EffectRecord]:
+        """Settle every effect in doubt but those whose key `leave` claims; return those that only a person can settle.
 
         Running it twice writes nothing the second time.
         """
@@ -195,7 +248,7 @@ class Engine:
             (stream, effect)
             for stream, record in self.book.streams.items()
             for effect in record.doubts()
-            if stream not in self.book.unknown
+            if stream not in self.book.unknown and not leave(effect.key)
         ]
         asked: list[EffectRecord] = []
         for stream, effect in doubts:
