@@ -24,7 +24,11 @@ Short = Annotated[str, msgspec.Meta(max_length=256)]
 Errno = Annotated[str, msgspec.Meta(pattern=r"^[A-Z][A-Z0-9_]{0,31}$")]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 Token = Annotated[str, msgspec.Meta(pattern=r"^0[xX][0-9a-fA-F]{1,16}$", description="u64 in hex")]
-Policy = Literal["required", "optional", "best-effort"]
+Milliseconds = Annotated[float, msgspec.Meta(ge=0, le=86_400_000)]
+Order = Annotated[int, msgspec.Meta(ge=-1000, le=1000)]
+Spans = Annotated[dict[Short, Milliseconds], msgspec.Meta(max_length=16)]
+Policy = ev.Policy
+Devices = ev.Devices
 
 
 class Command(msgspec.Struct, frozen=True, tag_field="cmd"):
@@ -73,6 +77,8 @@ class Subscribe(ClientCommand, frozen=True, tag="SUBSCRIBE", kw_only=True):
 
     policy: Policy = "required"
     deadline_s: Seconds | None = None
+    order: Order = 0
+    devices: Devices = "preserve"
 
 
 class Unsubscribe(ClientCommand, frozen=True, tag="UNSUBSCRIBE", kw_only=True):
@@ -86,9 +92,11 @@ class Preserved(ClientCommand, frozen=True, tag="PRESERVED", kw_only=True):
 
 
 class Ready(ClientCommand, frozen=True, tag="READY", kw_only=True):
-    """Writers are stopped; the kexec may come."""
+    """Writers are stopped; the kexec may come. `resources` are what was preserved after that, `spans` how long its parts took."""
 
     id: str = ""
+    resources: tuple[Declared, ...] = ()
+    spans: Spans = {}
 
 
 class Nack(ClientCommand, frozen=True, tag="NACK", kw_only=True):
@@ -120,6 +128,7 @@ class Restored(ClientCommand, frozen=True, tag="RESTORED", kw_only=True):
     step: Short
     ok: bool
     errno: Errno | None = None
+    took_ms: Milliseconds = 0.0
 
 
 class Finished(ClientCommand, frozen=True, tag="FINISHED", kw_only=True):

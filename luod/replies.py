@@ -67,6 +67,7 @@ class StepView(msgspec.Struct, frozen=True):
 
     ok: bool
     errno: str
+    took_ms: float
 
 
 class EffectView(msgspec.Struct, frozen=True):
@@ -96,8 +97,11 @@ class SessionView(msgspec.Struct, frozen=True):
     state: str
     owner: OwnerView | None
     policy: str
+    order: int
+    devices: str
     update: str
     kernel_name: str
+    spans: dict[str, float]
     resources: tuple[ResourceView, ...]
     steps: dict[str, StepView]
     effects: dict[str, EffectView]

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from os import PathLike, fspath
 from typing import Any, Generic, Literal, TypeVar
 
+from .states.events import Devices, Policy
+
 R = TypeVar("R")
-Policy = Literal["required", "optional", "best-effort"]
 Decision = Literal["done", "absent", "retry", "give-up"]
 
 
@@ -39,9 +40,22 @@ class Verbs(abc.ABC, Generic[R]):
 
     # -- a client, before the kexec
 
-    def subscribe(self, client: str, *, policy: Policy = "required", deadline_s: float | None = None) -> R:
-        """Take part in updates under an id, now owned by this process' uid."""
-        return self.call("SUBSCRIBE", id=client, policy=policy, deadline_s=deadline_s)
+    def subscribe(
+        self,
+        client: str,
+        *,
+        policy: Policy = "required",
+        deadline_s: float | None = None,
+        order: int = 0,
+        devices: Devices = "preserve",
+    ) -> R:
+        """Take part in updates under an id, now owned by this process' uid.
+
+        Who has a lower `order` is frozen before the others and restored after them. `devices` says what becomes of passthrough devices.
+        """
+        return self.call(
+            "SUBSCRIBE", id=client, policy=policy, deadline_s=deadline_s, order=order, devices=devices
+        )
 
     def unsubscribe(self, client: str) -> R:
         """Take no further part."""
@@ -51,9 +65,15 @@ class Verbs(abc.ABC, Generic[R]):
         """Say what is preserved; writers may still run. Each resource has `token` ("0x1a"), `kind`, `size`, `label`..."""
         return self.call("PRESERVED", id=client, resources=[dict(one) for one in resources])
 
-    def ready(self, client: str) -> R:
-        """Say that writers are stopped."""
-        return self.call("READY", id=client)
+    def ready(
+        self,
+        client: str,
+        resources: Sequence[Mapping[str, Any]] = (),
+        spans: Mapping[str, float] | None = None,
+    ) -> R:
+        """Say that writers are stopped, what was preserved after that, and how long each part of it took, in milliseconds."""
+        listed = [dict(one) for one in resources] or None
+        return self.call("READY", id=client, resources=listed, spans=dict(spans) if spans else None)
 
     def nack(self, client: str, errno: str, message: str = "", *, token: str | None = None) -> R:
         """Say that this update cannot be followed, and why: `errno` is symbolic."""
@@ -73,9 +93,18 @@ class Verbs(abc.ABC, Generic[R]):
         """Get a session back: the reply's fd is the session, `resources` what is in it."""
         return self.call("CLAIM", id=client)
 
-    def restored(self, client: str, token: str, step: str, ok: bool = True, errno: str | None = None) -> R:
-        """Report a step of a restore plan; the reply has the `open_steps`."""
-        return self.call("RESTORED", id=client, token=token, step=step, ok=ok, errno=errno)
+    def restored(
+        self,
+        client: str,
+        token: str,
+        step: str,
+        ok: bool = True,
+        errno: str | None = None,
+        *,
+        took_ms: float | None = None,
+    ) -> R:
+        """Report a step of a restore plan and how long it took, in milliseconds; the reply has the `open_steps`."""
+        return self.call("RESTORED", id=client, token=token, step=step, ok=ok, errno=errno, took_ms=took_ms)
 
     def finished(self, client: str) -> R:
         """Say that FINISH has run on the session; luod looks for itself."""

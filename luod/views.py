@@ -55,9 +55,12 @@ def session_json(session: Session) -> Reply:
     return {
         "id": session.id, "client": session.client, "attempt": session.attempt, "state": str(session.state),
         "owner": {"uid": session.owner.uid, "gid": session.owner.gid, "pid": session.owner.pid} if session.owner else None,
-        "policy": session.policy, "update": session.update, "kernel_name": session.kernel_name,
+        "policy": session.policy, "order": session.order, "devices": session.devices,
+        "update": session.update, "kernel_name": session.kernel_name, "spans": session.spans,
         "resources": [to_json(one) for one in session.resources],
-        "steps": {key: {"ok": step.ok, "errno": step.errno} for key, step in session.steps.items()},
+        "steps": {
+            key: {"ok": step.ok, "errno": step.errno, "took_ms": step.took_ms} for key, step in session.steps.items()
+        },
         "effects": _effects_json(session), "entered": _entered_json(session),
         "reason": session.reason or session.abort_reason, "anomalies": list(session.anomalies),
     }  # fmt: skip

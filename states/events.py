@@ -15,6 +15,10 @@ import msgspec
 Policy = Literal["required", "optional", "best-effort"]
 """What a session that cannot follow does to the update: stop it, be dropped and reported, or be dropped silently."""
 
+Devices = Literal["preserve", "reattach"]
+"""What becomes of passthrough devices: they are preserved like memory, or, where the kernel cannot do that, they are stopped before the
+kexec, reset, and attached again by the restore plan. A session never falls back from the one to the other by itself."""
+
 EffectStatus = Literal["done", "failed", "unknown"]
 EffectHow = Literal["called", "adopted", "observed", "resolved"]
 
@@ -70,6 +74,8 @@ class SessionBound(Event, frozen=True):
     owner: Owner
     policy: Policy = "required"
     deadline_s: float = 0.0
+    order: int = 0
+    devices: Devices = "preserve"
 
 
 class SessionCreated(Event, frozen=True):
@@ -88,9 +94,15 @@ class SessionPreserved(Event, frozen=True):
 
 
 class SessionReady(Event, frozen=True):
-    """The client has stopped its writers; from here its workload is in the blackout."""
+    """The client has stopped its writers; from here its workload is in the blackout.
+
+    `resources` are what could only be preserved after that, such as a saved device state. `spans` are the parts of the time from FREEZE
+    to here as the client measured them, in milliseconds.
+    """
 
     TYPE = "session.ready.v1"
+    resources: tuple[Resource, ...] = ()
+    spans: dict[str, float] = {}
 
 
 class SessionThawed(Event, frozen=True):
@@ -128,6 +140,7 @@ class SessionStep(Event, frozen=True):
     step: str
     ok: bool
     errno: str = ""
+    took_ms: float = 0.0
 
 
 class SessionRestored(Event, frozen=True):

@@ -79,9 +79,15 @@ class Session(Streamed, frozen=True, kw_only=True):
     owner: ev.Owner | None = None
     policy: ev.Policy = "required"
     deadline_s: float = 0.0
+    order: int = 0
+    devices: ev.Devices = "preserve"
     kernel_name: str = ""
     update: str = ""
+    declared: tuple[ev.Resource, ...] = ()
+    """What was preserved while the workload ran; it outlives a thaw."""
     resources: tuple[ev.Resource, ...] = ()
+    """All that is preserved now: what was declared, and what READY added."""
+    spans: dict[str, float] = {}
     steps: dict[str, ev.SessionStep] = {}
     nack: ev.SessionNacked | None = None
     reboot_boot_id: str = ""
@@ -185,12 +191,15 @@ def _session(record: Session, event: ev.Event, at: At) -> dict[str, Any]:
         case ev.SessionBound():
             return {
                 "client": event.client, "attempt": event.attempt, "owner": event.owner, "policy": event.policy,
-                "deadline_s": event.deadline_s, "kernel_name": kernel_name(record.id),
+                "deadline_s": event.deadline_s, "order": event.order, "devices": event.devices,
+                "kernel_name": kernel_name(record.id),
             }  # fmt: skip
         case ev.SessionCreated():
             return {"update": event.update, "kernel_name": event.kernel_name}
         case ev.SessionPreserved():
-            return {"resources": event.resources}
+            return {"declared": event.resources, "resources": event.resources}
+        case ev.SessionReady():
+            return {"resources": (*record.declared, *event.resources), "spans": event.spans}
         case ev.SessionRebooting():
             return {"reboot_boot_id": at.boot_id, "update": event.update}
         case ev.SessionStep():
@@ -199,7 +208,9 @@ def _session(record: Session, event: ev.Event, at: At) -> dict[str, Any]:
             return {"nack": event}
         case ev.SessionAbortRequested():
             return {"abort_reason": event.reason}
-        case ev.SessionAborted() | ev.SessionFailed() | ev.SessionExpired() | ev.SessionThawed():
+        case ev.SessionThawed():
+            return {"reason": event.reason, "resources": record.declared, "spans": {}}
+        case ev.SessionAborted() | ev.SessionFailed() | ev.SessionExpired():
             return {"reason": event.reason}
         case ev.SessionLost():
             return {"reason": event.cause}

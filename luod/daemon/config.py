@@ -51,6 +51,15 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Unsent bytes after which a client that does not read is cut off."""
 
 
+class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How many sessions are stopped and brought back at the same time, beside the order that their clients asked for. 0 is no limit."""
+
+    freeze_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    restore_at_once: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] = 0
+    wait_s: Seconds = 10.0
+    """How long, from the new kernel's start, a CLAIM waits for those that should come before it; and how long for a free place."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings."""
 
@@ -65,6 +74,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     black_box_bytes: Annotated[int, msgspec.Meta(ge=65536, le=64 << 20)] = 1 << 20
     deadlines: Deadlines = Deadlines()
     limits: Limits = Limits()
+    order: Order = Order()
 
     @property
     def journal_path(self) -> Path:

@@ -35,6 +35,7 @@ from .ending import Ending
 from .peers import Peer
 from .pulse import Pulse
 from .second_holder import SecondHolder
+from .turns import Turns
 
 if TYPE_CHECKING:
     from ..journal.record import Record
@@ -69,6 +70,7 @@ class Luod:
         self.connections: set[Connection] = set()
         self.director = Director(self)
         self.ending = Ending(self)
+        self.turns = Turns(self)
         self.second_holder = SecondHolder(self)
         self.leaving: set[str] = set()
         self.told_abort: set[str] = set()
@@ -216,8 +218,9 @@ class Luod:
             return
         stream = book.next_session(session.client)
         again = ev.SessionBound(
-            session.client, newest.attempt + 1, session.owner, session.policy, session.deadline_s
-        )
+            session.client, newest.attempt + 1, session.owner, session.policy, session.deadline_s,
+            session.order, session.devices,
+        )  # fmt: skip
         try:
             await self.engine.record((stream, again))
             if self.connection(session) is None:  # it hung up meanwhile, when there was nothing to undo

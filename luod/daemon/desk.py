@@ -9,6 +9,7 @@ not exist, except at SUBSCRIBE, where the caller must learn that the id is taken
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -127,7 +128,15 @@ class Desk:
                 self._limit(connection)
                 owner = connection.peer.owner()
                 attempt = session.attempt + 1 if session else 1
-                bound = ev.SessionBound(client, attempt, owner, command.policy, command.deadline_s or 0.0)
+                bound = ev.SessionBound(
+                    client,
+                    attempt,
+                    owner,
+                    command.policy,
+                    command.deadline_s or 0.0,
+                    command.order,
+                    command.devices,
+                )
                 stream = book.next_session(client)
                 await self.engine.record((stream, bound))
                 session = book.session(stream)
@@ -160,7 +169,7 @@ class Desk:
         if session.state == S.CREATED and update is not None and not update.abort_reason:
             await self.luod.director.hand(session.id)
         elif session.state == S.PRESERVED:
-            if self.luod.director.freezing:
+            if session.id in self.luod.director.freezing:
                 self.luod.director.freeze(session)
             else:
                 self.luod.tell(
@@ -216,12 +225,13 @@ class Desk:
             raise out_of_order(session, "READY")
         if (
             session.state == S.PRESERVED
-            and not self.luod.director.freezing
+            and session.id not in self.luod.director.freezing
             and connection.hello
             and "freeze" in connection.features
         ):
             raise out_of_order(session, "READY before FREEZE")
-        await self.engine.record((session.id, ev.SessionReady()))
+        late = resources_of(command.resources, after=session.declared)
+        await self.engine.record((session.id, ev.SessionReady(late, command.spans)))
         return {}
 
     async def nack(self, connection: Connection, command: Any) -> Reply:
@@ -297,7 +307,8 @@ class Desk:
                     )  # fmt: skip
                 speaker.close()
             if session.state in (S.REBOOTING, *OUTGOING):
-                await self._retrieve(session)
+                async with self.luod.turns.place(session, connection):
+                    await self._retrieve(session)
             elif not self.luod.held.has(session.kernel_name):
                 await self._missing(session)
             elif session.state == S.FAILED:
@@ -353,7 +364,9 @@ class Desk:
         """A step of a restore plan has an outcome."""
         session = self._mine(connection, command.id, "RESTORED")
         self._speaks(connection, session, "RESTORED")
-        step = ev.SessionStep(str(command.token), command.step, command.ok, command.errno or "")
+        step = ev.SessionStep(
+            str(command.token), command.step, command.ok, command.errno or "", command.took_ms
+        )
         key = f"{step.token}/{step.step}"
         known = session.steps.get(key)
         if session.state == S.RESTORED and command.ok and known is not None and known.ok:
@@ -463,15 +476,18 @@ class Desk:
             return  # the next look, or the client's own word, tells
 
 
-def resources_of(declared: Sequence[Any]) -> tuple[ev.Resource, ...]:
-    """Turn an inventory from the wire into what the journal keeps. Raises `Refused` for a token named twice."""
+def resources_of(declared: Sequence[Any], after: Sequence[ev.Resource] = ()) -> tuple[ev.Resource, ...]:
+    """Turn an inventory from the wire, which comes on top of `after`, into what the journal keeps.
+
+    Raises `Refused` for a token named twice, and for a step named twice in a plan.
+    """
     resources = tuple(protocol.to_resource(one) for one in declared)
-    tokens = [one.token for one in resources]
-    for token in tokens:
-        if tokens.count(token) > 1:
-            raise Refused(
-                "BAD_FIELD",
-                f"token {token} is declared twice",
-                hint="a token names one resource of a session",
-            )
+    tokens = Counter(one.token for one in (*after, *resources))
+    steps = Counter(f"{one.token}/{step.step}" for one in resources for step in one.plan)
+    for what, names, hint in (
+        ("token", tokens, "a token names one resource of a session"),
+        ("step", steps, "a step names one call of a restore plan: add #LABEL"),
+    ):
+        if twice := next((name for name, count in names.items() if count > 1), ""):
+            raise Refused("BAD_FIELD", f"{what} {twice} is declared twice", hint=hint)
     return resources

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import anyio
 import anyio.lowlevel
 
-from ..engine import barrier
+from ..engine import barrier, turns
 from ..engine.errors import Refused
 from ..engine.ports import Intent
 from ..states import events as ev
@@ -44,8 +44,10 @@ class Director:
     def __init__(self, luod: Luod) -> None:
         self.luod = luod
         self.engine = luod.engine
-        self.freezing = False
+        self.freezing: set[str] = set()
+        """The sessions that were told to freeze, while the update waits for the last of them."""
         self._driving = False
+        self._all_preserved = False
 
     # -- what clients and admins ask for
 
@@ -127,7 +129,7 @@ class Director:
     def _judged(self, update: Update, session: Session) -> bool:
         """Say whether the barrier of this update looks at a session, so that undoing it is the barrier's business."""
         if session.state == S.NEW:
-            return self._driving and not self.freezing
+            return self._driving and not self._all_preserved
         return session.update == update.id
 
     def resume(self, update: Update) -> None:
@@ -168,7 +170,8 @@ class Director:
                 await self._undo(update)
         finally:
             self._driving = False
-            self.freezing = False
+            self._all_preserved = False
+            self.freezing.clear()
 
     async def _prepare(self, update: str) -> None:
         """Go from preparing to the kexec. Returns only when the update is being undone."""
@@ -179,12 +182,9 @@ class Director:
         going = await self._barrier(update, "preserved", deadline, dropped)
         if going is None:
             return
+        self._all_preserved = True
         self.luod.checkpoint()  # the last quiet moment: from here every fsync is blackout
-        self.freezing = True
         freeze_by = min(deadline, now() + self.luod.config.deadlines.freeze_s)
-        for session in going:
-            if self._session(session).state == S.PRESERVED:
-                self.freeze(self._session(session), freeze_by)
         going = await self._barrier(update, "ready", freeze_by, dropped, going)
         if going is None:
             return
@@ -243,6 +243,8 @@ class Director:
                 return None
             if name == "preserved":
                 await self._invite(update)
+            else:
+                self._freeze_next([one for one in among if one not in dropped], deadline)
             verdict = barrier.judge(
                 name,
                 [one for one in self._participants(update, among) if one.id not in dropped],
@@ -345,6 +347,14 @@ class Director:
             args: dict[str, Any] = {"name": record.kernel_name, "message": message}
             intents.append(Intent(session, f"{session}/hand", "session.hand", args))
         await self.engine.perform(*intents, again=True)
+
+    def _freeze_next(self, going: Sequence[str], until: float) -> None:
+        """Tell those whose turn it is to freeze."""
+        for session in turns.to_freeze(
+            [self._session(one) for one in going], self.freezing, self.luod.config.order.freeze_at_once
+        ):
+            self.freezing.add(session.id)
+            self.freeze(session, until)
 
     def freeze(self, session: Session, until: float | None = None) -> None:
         """Tell a client to stop its writers and say READY."""

@@ -159,7 +159,7 @@ def test_f28_one_token_cannot_be_retrieved(scene: Scene) -> None:
             vm1.retrieve(TOKEN)
     assert vm1.say("RESTORED", token="0x1A", step="verify", ok=False, errno="EIO")["open_steps"]
     assert scene.state("vm1") == "failed"
-    assert scene.session("vm1")["steps"] == {"0x1a/verify": {"ok": False, "errno": "EIO"}}
+    assert scene.session("vm1")["steps"] == {"0x1a/verify": {"ok": False, "errno": "EIO", "took_ms": 0.0}}
     assert "luod.vm1.1" in scene.kept()
     restore_by_plan(vm2)
     done(scene, finished=1, failed=1)
