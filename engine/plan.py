@@ -79,12 +79,12 @@ def steps_of(resources: Iterable[Resource]) -> list[PlannedStep]:
 def references(value: Json) -> list[tuple[str, str]]:
     """Return what an argument takes from earlier steps, as `(TOKEN/STEP, field)`."""
     if isinstance(value, Mapping):
-        inner: Mapping[str, Json] = value
+        inner = cast("Mapping[str, Json]", value)
         if set(inner) == {"from", "field"}:
             return [(str(inner["from"]), str(inner["field"]))]
         return [found for each in inner.values() for found in references(each)]
-    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
-        items: Sequence[Json] = value
+    if isinstance(value, list | tuple):
+        items = cast("Sequence[Json]", value)
         return [found for each in items for found in references(each)]
     return []
 

@@ -2,8 +2,8 @@
 """The course of an update, from journal records alone: what each session went through, and how long its workload stood still.
 
 Within a boot times come from the boot clock; the wall clock only says how far the boots are apart, because the boot clock begins again
-with every kernel. A session is in the blackout from READY, when its workload stopped, to RESTORED (or FINISHED, or the word to go on),
-when it may run again.
+with every kernel. A session is in the blackout from when its workload stopped (READY, or as long before it as its client says) to RESTORED
+(or FINISHED, or the word to go on), when it may run again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from .breakdown import Marks, Part, Return, parts
 from .engine.book import Book, Row
 from .states.fold import Session, Update
 from .states.table import SessionState as S
@@ -57,6 +58,8 @@ class Line(msgspec.Struct, frozen=True):
     state: str
     spans: tuple[Span, ...]
     blackout_ms: float | None
+    parts: tuple[Part, ...] = ()
+    """What the blackout was made of, where its client has measured it."""
 
 
 class Course(msgspec.Struct, frozen=True):
@@ -73,15 +76,16 @@ class Course(msgspec.Struct, frozen=True):
     reason: str = ""
 
 
-Marks = list[tuple[int, str]]
-
-
 class Clock:
     """One time axis over all boots, in nanoseconds, that never runs backwards from one boot to the next."""
 
     def __init__(self) -> None:
         self._latest = 0
         self._anchors: dict[str, int] = {}
+
+    def began(self, boot_id: str) -> int | None:
+        """Return when the boot clock of a boot began, None for a boot that was not seen."""
+        return self._anchors.get(boot_id)
 
     def at(self, boot_id: str, wall_ns: int, boot_ns: int) -> int:
         """Return the place of a moment; call it in the order of the journal."""
@@ -98,7 +102,7 @@ class Story:
     def __init__(self, records: Iterable[Row] = ()) -> None:
         self.book = Book()
         self.marks: dict[str, Marks] = {}
-        self._clock = Clock()
+        self.clock = Clock()
         for record in records:
             self.apply(record)
 
@@ -106,7 +110,7 @@ class Story:
         """Take one record in."""
         old = self.book.streams.get(record.stream)
         new = self.book.apply(record)
-        at = self._clock.at(record.boot_id, record.wall_ns, record.boot_ns)
+        at = self.clock.at(record.boot_id, record.wall_ns, record.boot_ns)
         if old is None or new.state != old.state:
             self.marks.setdefault(record.stream, []).append((at, str(new.state)))
 
@@ -117,16 +121,26 @@ class Story:
             return None
         chosen = found[-1]
         sessions = [one for one in self.book.sessions() if one.update == chosen.id]
-        return _course(chosen, self.marks[chosen.id], [(one, self.marks[one.id]) for one in sessions])
+        marks = self.marks[chosen.id]
+        luod = next((at for at, state in marks if state == U.RECOVERING), None)
+        entered = chosen.entered.get(U.RECOVERING)
+        kernel = self.clock.began(entered.boot_id) if entered is not None else None
+        back = Return(luod if kernel is None else kernel, luod) if luod is not None else None
+        return _course(chosen, marks, [(one, self.marks[one.id]) for one in sessions], back)
 
 
-def _course(update: Update, marks: Marks, sessions: Sequence[tuple[Session, Marks]]) -> Course:
+def _course(
+    update: Update, marks: Marks, sessions: Sequence[tuple[Session, Marks]], returned: Return | None
+) -> Course:
     moments = [at for at, _ in marks]
     moments += [at for _, each in sessions for at, state in each if state != S.NEW]
     start, end = min(moments), max(moments)
-    back = next((at for at, state in marks if state == U.RECOVERING), end)
+    back = returned.luod if returned is not None else end
     ordered = sorted(sessions, key=lambda pair: _natural(pair[0].id))
-    lines = tuple(_line(session, each, start, end, back) for session, each in ordered)
+    lines = tuple(
+        msgspec.structs.replace(_line(session, each, start, end, back), parts=parts(session, each, returned))
+        for session, each in ordered
+    )
     stops = [
         (span.at_ms, span.at_ms + span.ms)
         for line in lines
@@ -177,7 +191,8 @@ def _line(session: Session, marks: Marks, start: int, end: int, back: int) -> Li
         if spans and spans[-1].name == name:
             spans[-1] = Span(name, spans[-1].at_ms, round(spans[-1].ms + _ms(until - at), 3))
         else:
-            spans.append(Span(name, _ms(at - start), _ms(until - at)))
+            began = _stopped_at(session, spans, at) if name == "frozen" else at
+            spans.append(Span(name, _ms(began - start), _ms(until - began)))
     stopped = [span.ms for span in spans if span.name in STOPPED]
     never = session.state in (S.READY, S.REBOOTING, S.RETRIEVED, S.LOST, S.FAILED, S.EXPIRED)
     return Line(
@@ -186,6 +201,16 @@ def _line(session: Session, marks: Marks, start: int, end: int, back: int) -> Li
         tuple(spans),
         round(sum(stopped), 3) if stopped and not never else None,
     )
+
+
+def _stopped_at(session: Session, spans: list[Span], ready: int) -> int:
+    """Return when a session's workload stopped: before READY by what its client measured since, out of the time of preserving."""
+    before = spans[-1] if spans else None
+    if before is None or not session.spans:
+        return ready
+    taken = min(sum(session.spans.values()), before.ms)
+    spans[-1] = Span(before.name, before.at_ms, round(before.ms - taken, 3))
+    return ready - int(taken * 1e6)
 
 
 def _covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -208,12 +233,11 @@ def of_book(book: Book, update: str = "") -> Course | None:
     """Return the course of an update from a book; of a state that was entered twice only the last time is known."""
     story = Story()
     story.book = book
-    clock = Clock()
     entered = [
         (at, stream, state) for stream, record in book.streams.items() for state, at in record.entered.items()
     ]
     for at, stream, state in sorted(entered, key=lambda one: one[0].id):
-        story.marks.setdefault(stream, []).append((clock.at(at.boot_id, at.wall_ns, at.boot_ns), state))
+        story.marks.setdefault(stream, []).append((story.clock.at(at.boot_id, at.wall_ns, at.boot_ns), state))
     return story.course(update)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from .breakdown import table
 from .course import BAD, PHASES, Blackout, Course, Line, Story, blackout, of_book
 from .engine.book import Book, Row
 from .states.table import SessionState as S
@@ -80,6 +81,7 @@ class _Picture:
         lines += ["", "  ".join(f"{self._paint(one.mark * 2, one.color)} {one.name}" for one in PHASES)]
         for words in self._summary():
             lines += self._wrapped(words)
+        lines += table([(line.id, line.parts) for line in shown if line.parts], self.width)
         return "\n".join(line.rstrip() for line in lines) + "\n"
 
     def _wrapped(self, line: str) -> list[str]:

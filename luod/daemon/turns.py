@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ class Turns:
         self._coming: set[str] = set()
 
     @asynccontextmanager
-    async def place(self, session: Session, connection: Connection) -> AsyncIterator[None]:
+    async def place(self, session: Session, connection: Connection) -> AsyncGenerator[None]:
         """Wait for the session's turn, and hold its place until it is retrieved or could not be.
 
         The order is a hint: whoever should come first and does not keeps nobody waiting beyond `order.wait_s`.

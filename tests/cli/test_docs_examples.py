@@ -17,7 +17,7 @@ from luod.cli.program import VERBS
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "luoctl.md"
 BLOCK = re.compile(r"<!-- (example|shape): (.+?) -->\n```json\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NAMED = {"steps", "effects", "entered", "unknown", "args", "counts", "sessions"}
+NAMED = {"spans", "steps", "effects", "entered", "unknown", "args", "counts", "sessions"}
 """Objects whose keys are names rather than fields."""
 
 

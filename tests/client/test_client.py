@@ -78,7 +78,9 @@ def test_a_command_and_its_reply(pair: tuple[Client, FakeLuod]) -> None:
     client, luod = pair
     asked = luod.background(lambda: client.subscribe("vm1", deadline_s=None))
     heard = luod.hear()
-    assert heard == {"cmd": "SUBSCRIBE", "seq": 1, "id": "vm1", "policy": "required", "came": 0}
+    assert heard == {
+        "cmd": "SUBSCRIBE", "seq": 1, "id": "vm1", "policy": "required", "order": 0, "devices": "preserve", "came": 0,
+    }  # fmt: skip
     luod.say(reply=1, ok=True, session="vm1.1")
     reply = asked.result(LONG)
     assert isinstance(reply, Reply)

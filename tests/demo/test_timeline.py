@@ -9,6 +9,7 @@ from itertools import count
 
 import pytest
 
+from luod.breakdown import Part, table
 from luod.journal.record import Record
 from luod.states import codec
 from luod.states import events as ev
@@ -188,3 +189,69 @@ def test_long_names_are_cut() -> None:
         for one in tape.records
     ]  # fmt: skip
     assert re.search(r"^a-very-long-name-of…", draw(records), re.MULTILINE)
+
+
+def measured() -> Tape:
+    """One session whose client measured its freeze and its restore: 1 + 2 + 4 ms before READY at 30, two steps of 2 ms after it."""
+    tape = Tape()
+    tape.say(0, "update/1", ev.UpdateStarted(1, 0, ("vm0.1", "vm1.1")))
+    for name in ("vm0.1", "vm1.1"):
+        tape.say(1, name, ev.SessionBound(name[:-2], 1, OWNER))
+        tape.say(10, name, ev.SessionCreated("update/1", f"luod.{name}"))
+        plan = tuple(ev.Step(step) for step in ("qemu.load", "iommufd.map_file#a", "iommufd.map_file#b"))
+        tape.say(20, name, ev.SessionPreserved((ev.Resource("0x1", "memfd", plan=plan),)))
+    tape.say(30, "vm0.1", ev.SessionReady((), {"pause": 1.0, "save": 2.0, "preserve": 4.0}))
+    tape.say(30, "vm1.1", ev.SessionReady())
+    for name in ("vm0.1", "vm1.1"):
+        tape.say(50, name, ev.SessionRebooting("update/1"))
+    tape.say(50, "update/1", ev.UpdateArmed(("vm0.1", "vm1.1")))
+    tape.say(50, "update/1", ev.UpdateRebooting(("vm0.1", "vm1.1")))
+    tape.reboot(580)
+    tape.say(150, "update/1", ev.UpdateRecovering("equal"))
+    for name in ("vm0.1", "vm1.1"):
+        tape.say(160, name, ev.SessionRetrieved())
+        took = 2.0 if name == "vm0.1" else 0.0
+        for step in ("qemu.load", "iommufd.map_file#a", "iommufd.map_file#b"):
+            tape.say(165, name, ev.SessionStep("0x1", step, ok=True, took_ms=took))
+        tape.say(170, name, ev.SessionRestored())
+        tape.say(171, name, ev.SessionFinished("marker"))
+    tape.say(172, "update/1", ev.UpdateDone(2, 0, 0))
+    return tape
+
+
+def test_a_blackout_is_broken_into_its_parts() -> None:
+    course = Story(measured().records).course()
+    assert course is not None
+    first, second = course.sessions
+    parts = {part.name: part.ms for part in first.parts}
+    # The boot clock of the second boot is 500 ms ahead of the tape, which began it at 580: its kernel began at 80.
+    assert parts == {
+        "pause": 1, "save": 2, "preserve": 4, "wait": 20, "kexec": 30, "boot": 70, "claim": 10,
+        "load": 2, "map_file": 4, "rest": 4,
+    }  # fmt: skip
+    assert second.parts == (), "nothing was measured"
+    assert first.blackout_ms == sum(parts.values()) == 147, "it stood still before it said so"
+    assert second.blackout_ms == 140
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_the_parts_are_a_table(width: int) -> None:
+    text = draw(measured().records, width=width)
+    head, _, below = text.partition("\nblackout, ms")
+    assert head != text
+    assert all(len(line) <= width for line in below.splitlines())
+    rows = {line.split()[0]: line.split()[1:] for line in below.splitlines()[1:]}
+    assert rows["kexec"] == ["30.0"]
+    assert rows["map_file"] == ["4.0"]
+    assert "blackout, ms" not in draw(update(2).records, width=width)
+
+
+def test_many_sessions_are_several_tables() -> None:
+    columns = [(f"vm{n}.1", (Part("pause", float(n)), Part("boot", 1e4))) for n in range(20)]
+    lines = table(columns, 60)
+    assert all(len(line) <= 60 for line in lines)
+    assert sum("blackout, ms" in line for line in lines) == 4
+    assert [cell for line in lines if line.startswith("pause") for cell in line.split()[1:]] == [
+        f"{n:.1f}" for n in range(20)
+    ]
+    assert table([], 60) == []

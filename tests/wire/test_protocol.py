@@ -24,7 +24,7 @@ DOCUMENT = ROOT / "docs" / "protocol.md"
 FULL: dict[str, dict[str, Any]] = {
     "HELLO": {"version": 1, "features": ["freeze", "inventory", "progress"]},
     "PING": {},
-    "SUBSCRIBE": {"id": "vm1", "policy": "best-effort", "deadline_s": 2.5},
+    "SUBSCRIBE": {"id": "vm1", "policy": "best-effort", "deadline_s": 2.5, "order": -3, "devices": "reattach"},
     "UNSUBSCRIBE": {"id": "vm1"},
     "PRESERVED": {
         "id": "vm1",
@@ -35,12 +35,18 @@ FULL: dict[str, dict[str, Any]] = {
             }
         ],
     },
-    "READY": {"id": "vm1"},
+    "READY": {
+        "id": "vm1",
+        "resources": [
+            {"token": "0x40", "kind": "memfd", "size": 1, "label": "vmstate", "checksum": "sha256:00", "plan": []}
+        ],
+        "spans": {"pause": 0.5},
+    },
     "NACK": {"id": "vm1", "errno": "EBUSY", "message": "migrating", "token": "0x1a"},
     "ABORTED": {"id": "vm1"},
     "ADOPT": {"id": "vm1", "fds": 1},
     "CLAIM": {"id": "vm1"},
-    "RESTORED": {"id": "vm1", "token": "0x1a", "step": "map", "ok": False, "errno": "EIO"},
+    "RESTORED": {"id": "vm1", "token": "0x1a", "step": "map", "ok": False, "errno": "EIO", "took_ms": 1.5},
     "FINISHED": {"id": "vm1"},
     "STATUS": {},
     "CLIENTS": {"after": "vm1"},
@@ -111,6 +117,11 @@ def test_a_field_of_a_wrong_type_is_named(name: str) -> None:
         ("$.policy", {"cmd": "SUBSCRIBE", "id": "a", "policy": "sometimes"}),
         ("$.deadline_s", {"cmd": "SUBSCRIBE", "id": "a", "deadline_s": 86401}),
         ("$.deadline_s", {"cmd": "KEXEC", "deadline_s": -0.1}),
+        ("$.order", {"cmd": "SUBSCRIBE", "id": "a", "order": -1001}),
+        ("$.devices", {"cmd": "SUBSCRIBE", "id": "a", "devices": "drop"}),
+        ("$.spans", {"cmd": "READY", "spans": {f"part{n}": 1.0 for n in range(17)}}),
+        ("$.spans[...]", {"cmd": "READY", "spans": {"save": -1.0}}),
+        ("$.took_ms", {"cmd": "RESTORED", "id": "a", "token": "0x1", "step": "s", "ok": True, "took_ms": -1}),
         ("$.errno", {"cmd": "NACK", "id": "a", "errno": "busy"}),
         ("$.message", {"cmd": "NACK", "id": "a", "errno": "EBUSY", "message": "x" * 4097}),
         ("$.token", {"cmd": "NACK", "id": "a", "errno": "EBUSY", "token": "26"}),
