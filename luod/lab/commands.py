@@ -25,6 +25,7 @@ from .images import KERNELS_VARIABLE, KernelImage, available, choose_pair, find_
 from .machine import Machine
 from .outcome import LabRun
 from .progress import reporter
+from .qemus import SUITES, fetch_qemu
 from .script import DEFAULT_ARGUMENTS, REPOSITORY, Boot, run
 
 
@@ -114,6 +115,21 @@ def kernels_command(as_json: bool) -> None:
         )
     if not images:
         raise click.exceptions.Exit(1)
+
+
+@lab.command("fetch-qemu")
+@click.option(
+    "--suites",
+    default=SUITES,
+    show_default=True,
+    help="Debian suites, the one to take QEMU from last.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the QEMU as a JSON object.")
+def fetch_qemu_command(suites: str, as_json: bool) -> None:
+    """Fetch a newer QEMU into the cache, so that guests can be updated from the installed one to it. No root needed."""
+    found = fetch_qemu(suites=suites)
+    told = {"version": found.version, "binary": str(found.binary)}
+    click.echo(json.dumps(told) if as_json else f"{found.version}\t{found.binary}")
 
 
 @lab.command("boot", context_settings={"ignore_unknown_options": True})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Getting Debian's `linux-source-X.Y` package through apt, without root.
+"""Getting packages through Debian's apt without root: `linux-source-X.Y`, and a newer QEMU with all that it needs.
 
 The package is first looked for in what the machine's own apt knows. A kernel newer than the installed release lives in a suite that
 is often not configured; then a private set of package lists (under the build directory, this user's, signatures checked with Debian's
@@ -63,10 +63,10 @@ def mirror() -> str:
     return found
 
 
-def private_lists(directory: Path, suite: str) -> Path:
-    """Make this user's own apt lists of one suite and return the configuration file to use them with.
+def private_lists(directory: Path, suite: str, *, status: Path = Path("/var/lib/dpkg/status")) -> Path:
+    """Make this user's own apt lists of a suite, or of several, and return the configuration file to use them with.
 
-    Raises `LabUnavailable` when the lists cannot be fetched or do not verify.
+    `status` is the list of what counts as installed. Raises `LabUnavailable` when the lists cannot be fetched or do not verify.
     """
     root = directory / "apt"
     for name in ("state/lists/partial", "cache/archives/partial"):
@@ -81,7 +81,7 @@ def private_lists(directory: Path, suite: str) -> Path:
         "Dir::Etc::sourcelist": sources,
         "Dir::Etc::sourceparts": "-",
         "Dir::State": root / "state",
-        "Dir::State::status": "/var/lib/dpkg/status",
+        "Dir::State::status": status,
         "Dir::Cache": root / "cache",
         "APT::Sandbox::User": "",
     }
@@ -95,9 +95,10 @@ def private_lists(directory: Path, suite: str) -> Path:
     return config
 
 
-def candidate(package: str, config: Path | None = None) -> str:
-    """Return the version of a package that apt would fetch, or an empty string."""
-    policy = _apt("apt-cache", "policy", package, config=config).stdout
+def candidate(package: str, config: Path | None = None, *, suite: str = "") -> str:
+    """Return the version of a package that apt would fetch (from a suite that is not the default one, if named), or an empty string."""
+    prefer = ["-t", suite] if suite else []
+    policy = _apt("apt-cache", "policy", *prefer, package, config=config).stdout
     match = re.search(r"^\s*Candidate: (\S+)$", policy, re.MULTILINE)
     return "" if match is None or match.group(1) == "(none)" else match.group(1)
 
@@ -132,6 +133,24 @@ def download(package: str, version: str, directory: Path, config: Path | None) -
             hint="check the network and try again: it continues",
         )
     return newest_package(directory, package)
+
+
+def closure(package: str, suite: str, config: Path, directory: Path) -> list[Path]:
+    """Fetch a package of a suite and everything that it depends on, whatever is installed here; return the files.
+
+    Raises `BuildFailed`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    options = ("-q", "-y", "--download-only", "--no-install-recommends", "-t", suite)
+    where = ("-o", f"Dir::Cache::archives={directory}")
+    (directory / "partial").mkdir(exist_ok=True)
+    done = _apt("apt-get", "install", *options, *where, package, config=config)
+    if done.returncode:
+        raise BuildFailed(
+            f"cannot fetch {package} of {suite} with its dependencies: {_last_line(done.stderr)}",
+            hint="check the network and try again",
+        )
+    return sorted(directory.glob("*.deb"))
 
 
 def newest_package(directory: Path, package: str) -> Path:
