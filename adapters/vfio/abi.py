@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Request numbers and structs of VFIO, from include/uapi/linux/vfio.h of Linux 7.3.
+
+All numbers are `_IO(';', 100 + nr)`. Every struct begins with its u32 `argsz`; the kernel writes back how long the whole answer would be.
+Numbers are used twice: 0x3B70 and 0x3B71 mean one thing on a device and another on a type 1 container.
+`tests/vfio/test_abi.py` has a C compiler compare all of this with the header.
+"""
+
+from __future__ import annotations
+
+from ..cstruct import CStruct
+
+DEVICES = "/dev/vfio/devices"
+"""Where the device cdevs are: DEVICES/vfio0 ..."""
+GROUPS = "/dev/vfio"
+"""Where the legacy groups (GROUPS/N) and the container (GROUPS/vfio) are."""
+
+REQUESTS = {
+    "VFIO_GET_API_VERSION": 0x3B64,
+    "VFIO_CHECK_EXTENSION": 0x3B65,
+    "VFIO_SET_IOMMU": 0x3B66,
+    "VFIO_GROUP_GET_STATUS": 0x3B67,
+    "VFIO_GROUP_SET_CONTAINER": 0x3B68,
+    "VFIO_GROUP_UNSET_CONTAINER": 0x3B69,
+    "VFIO_GROUP_GET_DEVICE_FD": 0x3B6A,
+    "VFIO_DEVICE_GET_INFO": 0x3B6B,
+    "VFIO_DEVICE_GET_REGION_INFO": 0x3B6C,
+    "VFIO_DEVICE_GET_IRQ_INFO": 0x3B6D,
+    "VFIO_DEVICE_SET_IRQS": 0x3B6E,
+    "VFIO_DEVICE_RESET": 0x3B6F,
+    "VFIO_IOMMU_GET_INFO": 0x3B70,
+    "VFIO_IOMMU_MAP_DMA": 0x3B71,
+    "VFIO_IOMMU_UNMAP_DMA": 0x3B72,
+    "VFIO_DEVICE_FEATURE": 0x3B75,
+    "VFIO_DEVICE_BIND_IOMMUFD": 0x3B76,
+    "VFIO_DEVICE_ATTACH_IOMMUFD_PT": 0x3B77,
+    "VFIO_DEVICE_DETACH_IOMMUFD_PT": 0x3B78,
+}
+"""Name in the header -> number."""
+
+GET_API_VERSION = REQUESTS["VFIO_GET_API_VERSION"]
+CHECK_EXTENSION = REQUESTS["VFIO_CHECK_EXTENSION"]
+SET_IOMMU = REQUESTS["VFIO_SET_IOMMU"]
+GROUP_GET_STATUS = REQUESTS["VFIO_GROUP_GET_STATUS"]
+GROUP_SET_CONTAINER = REQUESTS["VFIO_GROUP_SET_CONTAINER"]
+GROUP_UNSET_CONTAINER = REQUESTS["VFIO_GROUP_UNSET_CONTAINER"]
+GROUP_GET_DEVICE_FD = REQUESTS["VFIO_GROUP_GET_DEVICE_FD"]
+DEVICE_GET_INFO = REQUESTS["VFIO_DEVICE_GET_INFO"]
+DEVICE_GET_REGION_INFO = REQUESTS["VFIO_DEVICE_GET_REGION_INFO"]
+DEVICE_GET_IRQ_INFO = REQUESTS["VFIO_DEVICE_GET_IRQ_INFO"]
+DEVICE_SET_IRQS = REQUESTS["VFIO_DEVICE_SET_IRQS"]
+DEVICE_RESET = REQUESTS["VFIO_DEVICE_RESET"]
+IOMMU_GET_INFO = REQUESTS["VFIO_IOMMU_GET_INFO"]
+IOMMU_MAP_DMA = REQUESTS["VFIO_IOMMU_MAP_DMA"]
+IOMMU_UNMAP_DMA = REQUESTS["VFIO_IOMMU_UNMAP_DMA"]
+DEVICE_FEATURE = REQUESTS["VFIO_DEVICE_FEATURE"]
+DEVICE_BIND_IOMMUFD = REQUESTS["VFIO_DEVICE_BIND_IOMMUFD"]
+DEVICE_ATTACH_IOMMUFD_PT = REQUESTS["VFIO_DEVICE_ATTACH_IOMMUFD_PT"]
+DEVICE_DETACH_IOMMUFD_PT = REQUESTS["VFIO_DEVICE_DETACH_IOMMUFD_PT"]
+
+S_GROUP_STATUS = CStruct("vfio_group_status", "u32 argsz", "u32 flags")
+S_DEVICE_INFO = CStruct(
+    "vfio_device_info",
+    "u32 argsz", "u32 flags", "u32 num_regions", "u32 num_irqs", "u32 cap_offset", "u32 pad",
+)  # fmt: skip
+S_REGION_INFO = CStruct(
+    "vfio_region_info", "u32 argsz", "u32 flags", "u32 index", "u32 cap_offset", "u64 size", "u64 offset"
+)
+S_IRQ_INFO = CStruct("vfio_irq_info", "u32 argsz", "u32 flags", "u32 index", "u32 count")
+S_IRQ_SET = CStruct("vfio_irq_set", "u32 argsz", "u32 flags", "u32 index", "u32 start", "u32 count")
+"""Followed by `data`: nothing, `count` bytes, or `count` s32 eventfds of which -1 takes one away."""
+S_FEATURE = CStruct("vfio_device_feature", "u32 argsz", "u32 flags")
+"""Followed by the struct of the feature."""
+S_FEATURE_MIGRATION = CStruct("vfio_device_feature_migration", "u64 flags")
+S_FEATURE_MIG_DATA_SIZE = CStruct("vfio_device_feature_mig_data_size", "u64 stop_copy_length")
+S_BIND = CStruct(
+    "vfio_device_bind_iommufd",
+    "u32 argsz", "u32 flags", "s32 iommufd", "u32 out_devid", "u64 token_uuid_ptr",
+)  # fmt: skip
+BIND_MIN_SIZE = 16
+"""Bytes of a bind without the token of a virtual function: what kernels before 6.18 know."""
+S_ATTACH = CStruct("vfio_device_attach_iommufd_pt", "u32 argsz", "u32 flags", "u32 pt_id", "u32 pasid")
+ATTACH_MIN_SIZE = 12
+S_DETACH = CStruct("vfio_device_detach_iommufd_pt", "u32 argsz", "u32 flags", "u32 pasid")
+DETACH_MIN_SIZE = 8
+"""Bytes of an attach and a detach without a PASID: what kernels before 6.15 know."""
+S_TYPE1_INFO = CStruct(
+    "vfio_iommu_type1_info", "u32 argsz", "u32 flags", "u64 iova_pgsizes", "u32 cap_offset", "u32 pad"
+)
+S_TYPE1_MAP = CStruct(
+    "vfio_iommu_type1_dma_map", "u32 argsz", "u32 flags", "u64 vaddr", "u64 iova", "u64 size"
+)
+S_TYPE1_UNMAP = CStruct("vfio_iommu_type1_dma_unmap", "u32 argsz", "u32 flags", "u64 iova", "u64 size")
+
+STRUCTS = (
+    S_GROUP_STATUS, S_DEVICE_INFO, S_REGION_INFO, S_IRQ_INFO, S_IRQ_SET, S_FEATURE, S_FEATURE_MIGRATION,
+    S_FEATURE_MIG_DATA_SIZE, S_BIND, S_ATTACH, S_DETACH, S_TYPE1_INFO, S_TYPE1_MAP, S_TYPE1_UNMAP,
+)  # fmt: skip
+
+CONSTANTS = {
+    "VFIO_API_VERSION": 0,
+    "VFIO_TYPE1_IOMMU": 1,
+    "VFIO_TYPE1v2_IOMMU": 3,
+    "VFIO_GROUP_FLAGS_VIABLE": 1,
+    "VFIO_GROUP_FLAGS_CONTAINER_SET": 2,
+    "VFIO_DEVICE_FLAGS_RESET": 1,
+    "VFIO_DEVICE_FLAGS_PCI": 2,
+    "VFIO_REGION_INFO_FLAG_READ": 1,
+    "VFIO_REGION_INFO_FLAG_WRITE": 2,
+    "VFIO_REGION_INFO_FLAG_MMAP": 4,
+    "VFIO_IRQ_INFO_EVENTFD": 1,
+    "VFIO_IRQ_INFO_MASKABLE": 2,
+    "VFIO_IRQ_INFO_AUTOMASKED": 4,
+    "VFIO_IRQ_INFO_NORESIZE": 8,
+    "VFIO_IRQ_SET_DATA_NONE": 1,
+    "VFIO_IRQ_SET_DATA_BOOL": 2,
+    "VFIO_IRQ_SET_DATA_EVENTFD": 4,
+    "VFIO_IRQ_SET_ACTION_MASK": 8,
+    "VFIO_IRQ_SET_ACTION_UNMASK": 16,
+    "VFIO_IRQ_SET_ACTION_TRIGGER": 32,
+    "VFIO_PCI_BAR0_REGION_INDEX": 0,
+    "VFIO_PCI_ROM_REGION_INDEX": 6,
+    "VFIO_PCI_CONFIG_REGION_INDEX": 7,
+    "VFIO_PCI_INTX_IRQ_INDEX": 0,
+    "VFIO_PCI_MSI_IRQ_INDEX": 1,
+    "VFIO_PCI_MSIX_IRQ_INDEX": 2,
+    "VFIO_DEVICE_FEATURE_MASK": 0xFFFF,
+    "VFIO_DEVICE_FEATURE_GET": 1 << 16,
+    "VFIO_DEVICE_FEATURE_SET": 1 << 17,
+    "VFIO_DEVICE_FEATURE_PROBE": 1 << 18,
+    "VFIO_DEVICE_FEATURE_MIGRATION": 1,
+    "VFIO_DEVICE_FEATURE_DMA_LOGGING_START": 6,
+    "VFIO_DEVICE_FEATURE_MIG_DATA_SIZE": 9,
+    "VFIO_MIGRATION_STOP_COPY": 1,
+    "VFIO_MIGRATION_P2P": 2,
+    "VFIO_MIGRATION_PRE_COPY": 4,
+    "VFIO_DMA_MAP_FLAG_READ": 1,
+    "VFIO_DMA_MAP_FLAG_WRITE": 2,
+    "VFIO_IOMMU_INFO_PGSIZES": 1,
+}
+"""Flags and values by their names in the header."""
+
+API_VERSION = CONSTANTS["VFIO_API_VERSION"]
+TYPE1v2_IOMMU = CONSTANTS["VFIO_TYPE1v2_IOMMU"]
+GROUP_VIABLE = CONSTANTS["VFIO_GROUP_FLAGS_VIABLE"]
+GROUP_CONTAINER_SET = CONSTANTS["VFIO_GROUP_FLAGS_CONTAINER_SET"]
+DEVICE_CAN_RESET = CONSTANTS["VFIO_DEVICE_FLAGS_RESET"]
+DEVICE_IS_PCI = CONSTANTS["VFIO_DEVICE_FLAGS_PCI"]
+REGION_READ = CONSTANTS["VFIO_REGION_INFO_FLAG_READ"]
+REGION_WRITE = CONSTANTS["VFIO_REGION_INFO_FLAG_WRITE"]
+REGION_MMAP = CONSTANTS["VFIO_REGION_INFO_FLAG_MMAP"]
+IRQ_EVENTFD = CONSTANTS["VFIO_IRQ_INFO_EVENTFD"]
+IRQ_SET_DATA_NONE = CONSTANTS["VFIO_IRQ_SET_DATA_NONE"]
+IRQ_SET_DATA_EVENTFD = CONSTANTS["VFIO_IRQ_SET_DATA_EVENTFD"]
+IRQ_SET_ACTION_MASK = CONSTANTS["VFIO_IRQ_SET_ACTION_MASK"]
+IRQ_SET_ACTION_UNMASK = CONSTANTS["VFIO_IRQ_SET_ACTION_UNMASK"]
+IRQ_SET_ACTION_TRIGGER = CONSTANTS["VFIO_IRQ_SET_ACTION_TRIGGER"]
+BAR0 = CONSTANTS["VFIO_PCI_BAR0_REGION_INDEX"]
+CONFIG = CONSTANTS["VFIO_PCI_CONFIG_REGION_INDEX"]
+INTX = CONSTANTS["VFIO_PCI_INTX_IRQ_INDEX"]
+MSI = CONSTANTS["VFIO_PCI_MSI_IRQ_INDEX"]
+MSIX = CONSTANTS["VFIO_PCI_MSIX_IRQ_INDEX"]
+FEATURE_GET = CONSTANTS["VFIO_DEVICE_FEATURE_GET"]
+FEATURE_SET = CONSTANTS["VFIO_DEVICE_FEATURE_SET"]
+FEATURE_PROBE = CONSTANTS["VFIO_DEVICE_FEATURE_PROBE"]
+FEATURE_MIGRATION = CONSTANTS["VFIO_DEVICE_FEATURE_MIGRATION"]
+FEATURE_DMA_LOGGING_START = CONSTANTS["VFIO_DEVICE_FEATURE_DMA_LOGGING_START"]
+FEATURE_MIG_DATA_SIZE = CONSTANTS["VFIO_DEVICE_FEATURE_MIG_DATA_SIZE"]
+MIGRATION_STOP_COPY = CONSTANTS["VFIO_MIGRATION_STOP_COPY"]
+MIGRATION_P2P = CONSTANTS["VFIO_MIGRATION_P2P"]
+MIGRATION_PRE_COPY = CONSTANTS["VFIO_MIGRATION_PRE_COPY"]
+DMA_MAP_READ = CONSTANTS["VFIO_DMA_MAP_FLAG_READ"]
+DMA_MAP_WRITE = CONSTANTS["VFIO_DMA_MAP_FLAG_WRITE"]
+
+IRQ_NAMES = {INTX: "INTx", MSI: "MSI", MSIX: "MSI-X"}
