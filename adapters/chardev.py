@@ -99,6 +99,6 @@ def _restarted(fd: int, request: int, argument: bytearray | int) -> int:
         try:
             if isinstance(argument, int):
                 return fcntl.ioctl(fd, request, argument)
-            return fcntl.ioctl(fd, request, argument, True)
+            return int(fcntl.ioctl(fd, request, argument, True))
         except InterruptedError:
             continue

@@ -46,7 +46,7 @@ class CStruct:
         """Return how many bytes a field takes."""
         return self._widths[field]
 
-    def pack(self, tail: bytes = b"", **values: int) -> bytearray:
+    def pack(self, tail: bytes = b"", /, **values: int) -> bytearray:
         """Build a struct with these values, zero elsewhere, followed by `tail` (a flexible array), its length filled in."""
         buf = bytearray(self.size) + tail
         first = next(iter(self._types))

@@ -21,6 +21,7 @@ REQUESTS = {
     "IOMMU_IOAS_UNMAP": 0x3B86,
     "IOMMU_HWPT_ALLOC": 0x3B89,
     "IOMMU_GET_HW_INFO": 0x3B8A,
+    "IOMMU_HWPT_GET_DIRTY_BITMAP": 0x3B8C,
     "IOMMU_IOAS_MAP_FILE": 0x3B8F,
     "IOMMU_IOAS_CHANGE_PROCESS": 0x3B92,
 }
@@ -67,11 +68,15 @@ S_HW_INFO = CStruct(
     "u32 size", "u32 flags", "u32 dev_id", "u32 data_len", "u64 data_uptr", "u32 out_data_type",
     "u8 out_max_pasid_log2", "pad[3] __reserved", "u64 out_capabilities",
 )  # fmt: skip
+S_HWPT_GET_DIRTY_BITMAP = CStruct(
+    "iommu_hwpt_get_dirty_bitmap",
+    "u32 size", "u32 hwpt_id", "u32 flags", "u32 __reserved", "u64 iova", "u64 length", "u64 page_size", "u64 data",
+)  # fmt: skip
 S_IOAS_CHANGE_PROCESS = CStruct("iommu_ioas_change_process", "u32 size", "u32 __reserved")
 
 STRUCTS = (
     S_DESTROY, S_IOAS_ALLOC, S_IOVA_RANGE, S_IOAS_IOVA_RANGES, S_IOAS_MAP, S_IOAS_MAP_FILE, S_IOAS_COPY, S_IOAS_UNMAP,
-    S_HWPT_ALLOC, S_HW_INFO, S_IOAS_CHANGE_PROCESS,
+    S_HWPT_ALLOC, S_HW_INFO, S_HWPT_GET_DIRTY_BITMAP, S_IOAS_CHANGE_PROCESS,
 )  # fmt: skip
 
 CONSTANTS = {

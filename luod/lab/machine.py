@@ -45,8 +45,8 @@ class Machine:
     """A machine that starts with `kernel` and leaves everything about a run in `directory`.
 
     `memory_mib`, `cpus` and `state_mib` are its size. `show` names more host files and directories that the guest must see although
-    they lie below /tmp or /run; the interpreter, the checkout and what steps name as arguments are seen anyway. `devices` are more
-    QEMU options. `environment` is set for every step.
+    they lie below /tmp or /run; the interpreter, the checkout and what steps name as arguments are seen anyway. `board` is QEMU's machine
+    type (empty: its default), `devices` are more QEMU options; what `luod/lab/passthrough.py` offers are both. `environment` is set for every step.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Machine:
         state_mib: int = 192,
         show: Sequence[Path] = (),
         devices: Sequence[str] = (),
+        board: str = "",
         environment: dict[str, str] | None = None,
         accel: Sequence[str] | None = None,
     ) -> None:
@@ -68,6 +69,7 @@ class Machine:
         self.cpus = cpus
         self.state_mib = state_mib
         self.devices = tuple(devices)
+        self.board = board
         self.accel = tuple(accel) if accel is not None else acceleration(kernel)
         self.environment = {
             "PATH": f"{Path(sys.executable).parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
@@ -102,7 +104,7 @@ class Machine:
         image = boot.kernel or self.kernel
         return [
             *_dies_with_parent(),
-            qemu(), *self.accel, "-cpu", "max", "-m", f"{self.memory_mib}M", "-smp", str(self.cpus),
+            qemu(), *(("-machine", self.board) if self.board else ()), *self.accel, "-cpu", "max", "-m", f"{self.memory_mib}M", "-smp", str(self.cpus),
             "-display", "none", "-nodefaults", "-no-reboot",
             "-chardev", f"file,id=console,path={self.console},append=on", "-serial", "chardev:console",
             "-chardev", f"socket,id=results,fd={results_fd}",
