@@ -46,7 +46,8 @@ class Machine:
 
     `memory_mib`, `cpus` and `state_mib` are its size. `show` names more host files and directories that the guest must see although
     they lie below /tmp or /run; the interpreter, the checkout and what steps name as arguments are seen anyway. `board` is QEMU's machine
-    type (empty: its default), `devices` are more QEMU options; what `luod/lab/passthrough.py` offers are both. `environment` is set for every step.
+    type (empty: its default), `devices` are more QEMU options: `luod/lab/passthrough.py`
+    has both. `environment` is set for every step.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class Machine:
         image = boot.kernel or self.kernel
         return [
             *_dies_with_parent(),
-            qemu(), *(("-machine", self.board) if self.board else ()), *self.accel, "-cpu", "max", "-m", f"{self.memory_mib}M", "-smp", str(self.cpus),
+            qemu(), *(("-machine", self.board) if self.board else ()), *self.accel,
+            "-cpu", "max", "-m", f"{self.memory_mib}M", "-smp", str(self.cpus),
             "-display", "none", "-nodefaults", "-no-reboot",
             "-chardev", f"file,id=console,path={self.console},append=on", "-serial", "chardev:console",
             "-chardev", f"socket,id=results,fd={results_fd}",

@@ -18,7 +18,8 @@ EDU = "0000:00:10.0"
 EDU_2 = "0000:00:11.0"
 NVME = "0000:00:12.0"
 NETWORK = "0000:00:13.0"
-IGB = "0000:00:14.0"
+IGB = "0000:01:00.0"
+"""It has virtual functions, whose numbers do not fit on the root bus: it sits behind a port of its own."""
 
 QEMU_OPTIONS = (
     "-device", "intel-iommu,intremap=off,aw-bits=48",
@@ -27,5 +28,6 @@ QEMU_OPTIONS = (
     "-blockdev", "null-co,node-name=nothing,size=1048576",
     "-device", "nvme,drive=nothing,serial=luod,addr=0x12",
     "-device", "virtio-net-pci,addr=0x13,iommu_platform=on,disable-legacy=on,romfile=",
-    "-device", "igb,addr=0x14,romfile=",
+    "-device", "pcie-root-port,id=port1,addr=0x14,chassis=1,slot=1",
+    "-device", "igb,bus=port1,romfile=",
 )  # fmt: skip
