@@ -186,10 +186,27 @@ class VfioDevice:
         words = [abi.S_IRQ_SET.size + 4 * place for place, fd in enumerate(eventfds) if fd >= 0]
         self._call("VFIO_DEVICE_SET_IRQS", buf, words)
 
+    def irqs_on(self, index: int) -> bool:
+        """Say whether interrupts of one kind are on, without changing anything.
+
+        The first vector is asked to trigger if 0 is true: EINVAL says that this kind is off (drivers/vfio/pci/vfio_pci_intrs.c).
+        """
+        if not self.irq_info(index).vectors:
+            return False
+        flags = abi.IRQ_SET_DATA_BOOL | abi.IRQ_SET_ACTION_TRIGGER
+        try:
+            self._call("VFIO_DEVICE_SET_IRQS", abi.S_IRQ_SET.pack(b"\0", flags=flags, index=index, count=1))
+        except PassthroughError as error:
+            if error.errno == errno.EINVAL:
+                return False
+            raise
+        return True
+
     def disable_irqs(self, index: int) -> None:
-        """Turn off all interrupts of one kind; without effect when they are off, or when there are none."""
-        flags = abi.IRQ_SET_DATA_NONE | abi.IRQ_SET_ACTION_TRIGGER
-        self._call("VFIO_DEVICE_SET_IRQS", abi.S_IRQ_SET.pack(flags=flags, index=index))
+        """Turn off all interrupts of one kind; without effect when they are off: the kernel would say EINVAL."""
+        if self.irqs_on(index):
+            flags = abi.IRQ_SET_DATA_NONE | abi.IRQ_SET_ACTION_TRIGGER
+            self._call("VFIO_DEVICE_SET_IRQS", abi.S_IRQ_SET.pack(flags=flags, index=index))
 
     def trigger_irqs(self, index: int, count: int, *, start: int = 0) -> None:
         """Signal eventfds as if the device had interrupted: for what may have been lost while nobody listened."""

@@ -13,12 +13,10 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..passthrough_errors import NotBoundToVfio, NotPermitted, PassthroughError, TakenElsewhere
-from . import abi
+from ..passthrough_errors import NotBoundToVfio, NotPermitted, PassthroughError
 
 VFIO_PCI = "vfio-pci"
 ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
-_INTERRUPT = re.compile(r"\bvfio-(?:intx|msix?\[\d+\])\(([0-9a-f:.]+)\)")
 
 
 class PciDevices:
@@ -128,11 +126,6 @@ class PciDevices:
             )  # fmt: skip
         return str(self._dev / "vfio" / "devices" / names[0])
 
-    def active_interrupts(self, address: str) -> list[str]:
-        """Return the interrupts that VFIO has on for a device, by their names in /proc/interrupts, without asking the device."""
-        text = (self._proc / "interrupts").read_text("ascii", "replace")
-        return [match[0] for match in _INTERRUPT.finditer(text) if match[1] == address]
-
     def holders(self, path: str) -> list[str]:
         """Return who has a node open, as "PID (name)", of the processes that this one may look into."""
         return sorted(self._holders(os.path.realpath(path)))
@@ -147,16 +140,3 @@ class PciDevices:
                     yield f"{process.name} ({(process / 'comm').read_text('utf-8', 'replace').strip()})"
             except OSError:
                 continue
-
-
-def with_holders(error: TakenElsewhere, devices: PciDevices, path: str) -> TakenElsewhere:
-    """Return the error with the names of those who have the node open, where that can be seen."""
-    names = devices.holders(path)
-    if not names:
-        return error
-    return type(error)(
-        error.operation, error.subject, error.errno, detail=f"held by {', '.join(names)}", hint=error.hint
-    )
-
-
-__all__ = ["ADDRESS", "VFIO_PCI", "PciDevices", "abi", "with_holders"]
