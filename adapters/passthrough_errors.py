@@ -56,7 +56,7 @@ class TooOld(PassthroughError):
 
 _Row = tuple[type[PassthroughError], str]
 
-_TAKEN = "find the holder with `fuser -v {subject}`, and end it"
+_TAKEN = "find the holder with `fuser -v` on its node in /dev/vfio, and end it"
 _MEMLOCK = "raise RLIMIT_MEMLOCK (LimitMEMLOCK= of the unit) above the size of all guest memory: every mapped page is pinned"
 _UNSAFE = (
     "without interrupt remapping the kernel refuses: turn it on in the firmware, or take the risk with "
@@ -116,11 +116,13 @@ _BY_OPERATION: dict[tuple[str, int], _Row] = {
     ("IOMMU_HWPT_ALLOC", codes.EOPNOTSUPP): (MappingRefused, "this IOMMU cannot do what the flags ask for"),
     ("VFIO_DEVICE_BIND_IOMMUFD", codes.EINVAL): (
         WrongOrder,
-        "the device is bound already (only closing its fd undoes that), or the fd is that of a legacy group",
+        "the device is bound already, through this fd or another one (only closing that undoes it), or the fd is that of a "
+        "legacy group",
     ),
     ("VFIO_DEVICE_BIND_IOMMUFD", codes.EBUSY): (
         TakenElsewhere,
-        "another fd of this device is bound, or a device of its IOMMU group has another owner: " + _TAKEN,
+        "a device of its IOMMU group has another owner, such as a program that uses the legacy group: "
+        + _TAKEN,
     ),
     ("VFIO_DEVICE_BIND_IOMMUFD", codes.EPERM): (NotPermitted, _UNSAFE),
     ("VFIO_DEVICE_BIND_IOMMUFD", codes.EBADF): (WrongOrder, "open /dev/iommu first"),
@@ -181,4 +183,4 @@ def passthrough_error(operation: str, subject: str, error: OSError) -> Passthrou
     if row is None and errno == codes.EINVAL and operation.startswith("VFIO_DEVICE_"):
         row = (WrongOrder, "bind the device to an iommufd first; until then it answers nothing else")
     kind, hint = row or (PassthroughError, "see the kernel log")
-    return kind(operation, subject, errno, hint=hint.replace("{subject}", subject))
+    return kind(operation, subject, errno, hint=hint)

@@ -10,6 +10,7 @@ does not, the plan begins with opening anew, and the resource says so by its kin
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import msgspec
@@ -94,6 +95,16 @@ class Guest(msgspec.Struct, frozen=True):
 def plans(guest: Guest, devices: Devices) -> list[Resource]:
     """Return the inventory: memories, then spaces, then devices, each with its restore plan."""
     return [*(memory_resource(one) for one in guest.memories), *device_plans(guest, devices)]
+
+
+def as_fields(resources: Iterable[Resource]) -> list[dict[str, Any]]:
+    """Return an inventory as PRESERVED takes it."""
+    return [msgspec.to_builtins(one) for one in resources]
+
+
+def from_fields(fields: Iterable[Any]) -> list[Resource]:
+    """Read an inventory as CLAIM brings it."""
+    return msgspec.convert(list(fields), list[Resource])
 
 
 def memory_resource(memory: Memory) -> Resource:

@@ -94,14 +94,14 @@ async def set_up(engine: Engine, stream: str, guest: Guest) -> None:
 
 
 class Preservation:
-    """One guest on its way over one update. `session` is its id, the stream of its effects in `engine`."""
+    """One guest on its way over an update. `stream` names its effects in `engine`: the one that `set_up` was given."""
 
     def __init__(
-        self, engine: Engine, host: Host, session: str, guest: Guest, *, devices: Devices = "preserve"
+        self, engine: Engine, host: Host, stream: str, guest: Guest, *, devices: Devices = "preserve"
     ) -> None:
         self._engine = engine
         self._host = host
-        self._session = session
+        self._stream = stream
         self.guest = guest
         self.devices = devices
         self.outcome: Devices = "preserve"
@@ -134,7 +134,7 @@ class Preservation:
 
     def asked(self) -> list[rules.Asked]:
         """Return the calls in their order, each with what it rests on."""
-        guest, into = self.guest, self._session
+        guest, into = self.guest, self._stream
         memories = [rules.Asked(one.token, "memfd", into) for one in guest.memories]
         spaces = [
             rules.Asked(
@@ -165,7 +165,7 @@ class Preservation:
 
     async def quiet(self) -> None:
         """Quiet every device, vCPUs being stopped. Raises `StepFailed` for one that does not obey, `OrderViolated` as `check`."""
-        await PlanRunner(self._engine, self._session, quieting(self.guest)).run()
+        await PlanRunner(self._engine, self._stream, quieting(self.guest)).run()
         self.check()
 
     def check(self) -> None:
@@ -174,7 +174,7 @@ class Preservation:
 
     async def resume(self) -> None:
         """Have interrupts and bus mastering on again, when the update is undone. A device that was reset stays reset."""
-        await set_up(self._engine, self._session, self.guest)
+        await set_up(self._engine, self._stream, self.guest)
 
 
 def sealed(fd: int) -> bool:

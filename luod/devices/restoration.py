@@ -35,9 +35,9 @@ from .steps import effects
 class StepsOpen(LuodError):
     """FINISH was asked for while steps of the restore plans are open; it was not sent. `steps` names them."""
 
-    def __init__(self, session: str, steps: list[str]) -> None:
+    def __init__(self, guest: str, steps: list[str]) -> None:
         super().__init__(
-            f"session {session} has open steps: {', '.join(steps[:5])}",
+            f"guest {guest} has open steps: {', '.join(steps[:5])}",
             hint="run the restore plans to their end first: FINISH destroys what was not restored",
         )
         self.steps = steps
@@ -60,21 +60,21 @@ async def plan_engine(
 
 
 class Restoration:
-    """One session that came with the kexec. `resources` is the inventory that CLAIM brought."""
+    """One session that came with the kexec. `stream` names its effects in `engine`, `resources` is the inventory that CLAIM brought."""
 
     def __init__(
         self,
         engine: Engine,
         host: Host,
-        session: str,
+        stream: str,
         resources: Iterable[Resource],
         *,
         report: Report | None = None,
     ) -> None:
         """Take the plans. Raises `engine.plan.PlanInvalid` for steps that nothing here can make."""
         self._host = host
-        self._session = session
-        self.runner = PlanRunner(engine, session, list(resources), report=report)
+        self._stream = stream
+        self.runner = PlanRunner(engine, stream, list(resources), report=report)
 
     async def run(self) -> None:
         """Make every step that does not stand yet. Raises `engine.plan.StepFailed` and leaves everything open."""
@@ -84,7 +84,7 @@ class Restoration:
         """FINISH. Raises `StepsOpen` without asking the kernel, or `KernelError`: FinishBusy may be tried again."""
         steps = self.runner.open_steps()
         if steps:
-            raise StepsOpen(self._session, steps)
+            raise StepsOpen(self._stream, steps)
         self._host.kernel.finish(self._host.session_fd)
 
 

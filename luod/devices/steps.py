@@ -14,7 +14,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +22,7 @@ import msgspec
 
 from ..adapters import memfd
 from ..adapters.iommufd.device import open_iommufd
-from ..adapters.passthrough_errors import TakenElsewhere, TooOld
+from ..adapters.passthrough_errors import PassthroughError, TakenElsewhere, TooOld, WrongOrder
 from ..adapters.vfio import abi
 from ..adapters.vfio.config_space import ConfigSpace
 from ..adapters.vfio.device import VfioDevice, open_device
@@ -249,7 +248,7 @@ class DeviceSteps:
         """Take the device into its iommufd; the kernel resets it, where it can be reset."""
         try:
             return {"device_id": self._device(args).bind(self.host.iommufd(args["iommufd"]).fd)}
-        except TakenElsewhere as error:
+        except (TakenElsewhere, WrongOrder) as error:
             raise self._named(error, self.host.pci.node(args["address"])) from error
 
     def bound(self, args: Args) -> Probe:
@@ -348,11 +347,17 @@ class DeviceSteps:
             device.reset()
         return {"reset": can}
 
-    def _named(self, error: TakenElsewhere, node: str) -> TakenElsewhere:
+    def _named(self, error: PassthroughError, node: str) -> PassthroughError:
+        """Say who has the node open besides this process; the kernel's EINVAL does not even say that somebody has."""
         others = [one for one in self.host.pci.holders(node) if not one.startswith(f"{os.getpid()} ")]
-        detail = f"held by {', '.join(others)}" if others else ""
+        if not others:
+            return error
         return TakenElsewhere(
-            error.operation, error.subject, error.errno or errno.EBUSY, detail=detail, hint=error.hint
+            error.operation,
+            error.subject,
+            error.errno,
+            detail=f"{node} is held by {', '.join(others)}",
+            hint="end it, or let it close the device",
         )
 
 
