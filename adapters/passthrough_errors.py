@@ -128,7 +128,6 @@ _BY_OPERATION: dict[tuple[str, int], _Row] = {
     ("VFIO_DEVICE_BIND_IOMMUFD", codes.EBADF): (WrongOrder, "open /dev/iommu first"),
     ("VFIO_DEVICE_BIND_IOMMUFD", codes.EBADFD): (WrongOrder, "the fd to bind to must be one of /dev/iommu"),
     ("VFIO_DEVICE_BIND_IOMMUFD", codes.ENODEV): (NotBoundToVfio, _DRIVER),
-    ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", codes.EPERM): (NotPermitted, _UNSAFE),
     ("VFIO_DEVICE_ATTACH_IOMMUFD_PT", codes.EINVAL): (
         WrongOrder,
         "bind the device first, and to the iommufd that has this address space; a mapping may lie where the device "

@@ -7,6 +7,7 @@ the host binds devices again before any of them can be restored. Addresses are "
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -134,9 +135,14 @@ class PciDevices:
         for process in self._proc.iterdir():
             if not process.name.isdigit():
                 continue
-            try:
-                links = {os.readlink(process / "fd" / one) for one in os.listdir(process / "fd")}
-                if path in links:
+            with contextlib.suppress(OSError):
+                if any(_link(process / "fd" / one) == path for one in os.listdir(process / "fd")):
                     yield f"{process.name} ({(process / 'comm').read_text('utf-8', 'replace').strip()})"
-            except OSError:
-                continue
+
+
+def _link(path: Path) -> str:
+    """Read a link that may be gone: listing a directory of descriptors opens one more."""
+    try:
+        return os.readlink(path)
+    except FileNotFoundError:
+        return ""

@@ -53,7 +53,7 @@ async def plan_engine(
     """
     journal.parent.mkdir(parents=True, exist_ok=True)
     boot_id = host.kernel.boot_id()
-    with Journal.open(journal, boot_id=boot_id, run_id="devices", volatile=True) as log:
+    with Journal.open(journal, boot_id=boot_id, run_id="devices", volatile=True, pregrow=0) as log:
         engine = Engine(log, {**effects(host), **(more or {})}, boot_id=boot_id, points=points)
         await engine.settle(leave=PlanRunner.owns)
         yield engine
