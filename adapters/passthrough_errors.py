@@ -101,12 +101,12 @@ _BY_OPERATION: dict[tuple[str, int], _Row] = {
         MappingRefused,
         "this kind of file cannot be mapped: pass a memfd",
     ),
-    ("IOMMU_IOAS_MAP_FILE", codes.ENOTTY): (TooOld, "MAP_FILE came with Linux 6.14: map by address instead"),
+    ("IOMMU_IOAS_MAP_FILE", codes.ENOTTY): (TooOld, "MAP_FILE came with Linux 6.13: map by address instead"),
     ("IOMMU_IOAS_CHANGE_PROCESS", codes.EINVAL): (
         MappingRefused,
         "something is mapped by address: only what MAP_FILE mapped can change hands",
     ),
-    ("IOMMU_IOAS_CHANGE_PROCESS", codes.ENOTTY): (TooOld, "CHANGE_PROCESS came with Linux 6.14"),
+    ("IOMMU_IOAS_CHANGE_PROCESS", codes.ENOTTY): (TooOld, "CHANGE_PROCESS came with Linux 6.13"),
     ("IOMMU_IOAS_UNMAP", codes.ENOENT): (
         NoSuchObject,
         "a mapping is unmapped whole, with the range it was made with",

@@ -78,12 +78,12 @@ S_BIND = CStruct(
     "u32 argsz", "u32 flags", "s32 iommufd", "u32 out_devid", "u64 token_uuid_ptr",
 )  # fmt: skip
 BIND_MIN_SIZE = 16
-"""Bytes of a bind without the token of a virtual function: what kernels before 6.18 know."""
+"""Bytes of a bind without the token of a virtual function: what every kernel with cdevs takes."""
 S_ATTACH = CStruct("vfio_device_attach_iommufd_pt", "u32 argsz", "u32 flags", "u32 pt_id", "u32 pasid")
 ATTACH_MIN_SIZE = 12
 S_DETACH = CStruct("vfio_device_detach_iommufd_pt", "u32 argsz", "u32 flags", "u32 pasid")
 DETACH_MIN_SIZE = 8
-"""Bytes of an attach and a detach without a PASID: what kernels before 6.15 know."""
+"""Bytes of an attach and a detach without a PASID: what every kernel with cdevs takes."""
 S_TYPE1_INFO = CStruct(
     "vfio_iommu_type1_info", "u32 argsz", "u32 flags", "u64 iova_pgsizes", "u32 cap_offset", "u32 pad"
 )

@@ -198,10 +198,14 @@ def new_kernel(crew: DeviceCrew) -> None:
     restored = crew.until("vm2", "finished")
     update = crew.until_done()
     with crew.link() as link:
-        vm3 = link.session("vm3")
+        nacks = [
+            record["body"]
+            for record in link.records(stream="vm3.2")
+            if record["type"].startswith("session.nacked.")
+        ]
     emit(
         "done", update=update, sessions=crew.sessions(), bytes=[finished["bytes"], restored["bytes"]],
-        proofs=[finished["proof"], restored["proof"]], vm3=dict(vm3.fields),
+        proofs=[finished["proof"], restored["proof"]], nacks=nacks,
     )  # fmt: skip
 
 
