@@ -13,7 +13,7 @@ from luod.lab.outcome import LabRun
 from luod.lab.passthrough import ARGUMENTS
 from luod.lab.script import Boot, run
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 PAGE = 4096
 
 
@@ -27,15 +27,15 @@ def update(pair, run_devices, program) -> LabRun:
                 run(
                     "old",
                     program("update.py", "--boot", "0", "--kernel", str(new.path)),
-                    timeout_s=150,
+                    timeout_s=300,
                     leaves=True,
                 )
             ],
             arguments=ARGUMENTS,
         ),
-        Boot([run("new", program("update.py", "--boot", "1"), timeout_s=240)]),
+        Boot([run("new", program("update.py", "--boot", "1"), timeout_s=500)]),
     ]
-    return run_devices("devices-update", old, boots, 400).check()
+    return run_devices("devices-update", old, boots, 840).check()
 
 
 def one(events: list[dict[str, Any]]) -> dict[str, Any]:
