@@ -91,7 +91,8 @@ class Restoration:
 def reporting(link: Verbs[Any], client: str) -> Report:
     """Return what tells luod of each outcome by RESTORED, over a `Client` or an `AsyncClient`, with the time since the one before.
 
-    What luod answers to a failure is not waited out: the failure itself is what the caller must hear of.
+    When luod cannot be reached the run ends there; after connecting and claiming again it goes on, and reports every step once more.
+    What luod has to say against a failure is left aside: the failure itself is what the caller must hear of.
     """
     before = time.monotonic()
 
