@@ -4,15 +4,17 @@
 No released kernel knows any of this; Linux 7.3 answers ENOTTY and ENOENT. The emulator speaks it when it is given the plug-ins of
 `emulator.passthrough`. On the day the series are merged this file is what has to be compared with the headers.
 
-| name | posted in | certain? |
-|---|---|---|
-| `HWPT_LIVEUPDATE_MARK_PRESERVE`, its struct | iommu/iommufd series v1 to v5 (v1: 20260203220948.2176157, patch 12) | struct yes, number no: the branch used 0x95, in 7.3 IOMMU_IOAS_NOIOMMU_GET_PA |
-| `HWPT_LU_RESTORE`, its struct | an RFC branch before v1; "phase 2", not in the series | neither: the fields are those of the RFC, their order and the number are ours |
-| `IOMMUFD_COMPATIBLE` | series v1, include/linux/kho/abi/iommufd.h | the string may change with every version of the data |
-| `VFIO_PCI_COMPATIBLE` | vfio/pci series v5 (20260714151505.3466855), include/linux/kho/abi/vfio_pci.h | same |
-| `IMMUTABLE_ERRNO` | series v1, patch 13, drivers/iommu/iommufd/io_pagetable.c | as posted |
-| `NOT_IN_SESSION_ERRNO` | `liveupdate_get_token_outgoing()`, series v1, patch 1 | as posted |
-| `RETRIEVE_PHASE_ONE_ERRNO` | series v1, drivers/iommu/iommufd/liveupdate.c | until phase 2 |
+Sources, and what is certain of it:
+
+- `HWPT_LIVEUPDATE_MARK_PRESERVE`: iommu/iommufd series (v1: 20260203220948.2176157, patch 12; v5: 20260921004834.2601285). The struct is
+  as posted. The number is not: the branch used 0x95, which in 7.3 is IOMMU_IOAS_NOIOMMU_GET_PA.
+- `HWPT_LU_RESTORE`: an RFC branch before that series, whose cover letter leaves it to a "phase 2". Its fields are those of the RFC; their
+  order and the number are ours.
+- `IOMMUFD_COMPATIBLE`: the same series, include/linux/kho/abi/iommufd.h. It changes with every version of the data behind it.
+- `VFIO_PCI_COMPATIBLE`: vfio/pci series (v5: 20260714151505.3466855), include/linux/kho/abi/vfio_pci.h. Likewise.
+- `IMMUTABLE_ERRNO`: iommufd series, drivers/iommu/iommufd/io_pagetable.c.
+- `NOT_IN_SESSION_ERRNO`: iommufd series, `liveupdate_get_token_outgoing()` in kernel/liveupdate/luo_file.c.
+- `RETRIEVE_PHASE_ONE_ERRNO`: iommufd series, drivers/iommu/iommufd/liveupdate.c.
 """
 
 from __future__ import annotations

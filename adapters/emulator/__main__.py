@@ -15,10 +15,12 @@ import signal
 import sys
 from pathlib import Path
 
+from .board import Board
 from .desk import Desk
 from .handlers import HandlerRegistry
 from .images import KernelImage, read_image
 from .machine import Machine
+from .pci_function import DeviceOption
 from .server import KernelServer
 
 DEFAULT_CMDLINE = "liveupdate=on kho=on"
@@ -37,8 +39,8 @@ def _raise_file_limit() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _load_handlers(names: list[str]) -> HandlerRegistry:
-    registry = HandlerRegistry()
+def _load_handlers(names: list[str], board: Board) -> HandlerRegistry:
+    registry = HandlerRegistry(board)
     for name in names:
         module, _, attribute = name.partition(":")
         getattr(importlib.import_module(module), attribute)(registry)
@@ -62,9 +64,21 @@ def main(argv: list[str] | None = None) -> int:
         metavar="MODULE:FUNCTION",
         help="call FUNCTION(registry) to add file handlers",
     )
+    parser.add_argument(
+        "--device",
+        action="append",
+        default=[],
+        metavar="NAME[,bdf=B][,driver=D][,vf][,noiommu]",
+        help="plug in a PCI device, whose node is /dev/vfio/devices/NAME while its driver is vfio-pci (the default)",
+    )
     parser.add_argument("--ready-fd", type=int, help="write a line here when the sockets are there")
     parser.add_argument("--lifeline-fd", type=int, help="end when this pipe is closed at the other end")
     args = parser.parse_args(argv)
+    try:
+        options = [DeviceOption.parse(text, number) for number, text in enumerate(args.device)]
+        board = Board.of(options)
+    except ValueError as error:
+        parser.error(str(error))
     _raise_file_limit()
     os.umask(0o077)
     args.dir.mkdir(parents=True, exist_ok=True)
@@ -78,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.image:
         with open(args.image, "rb") as file:
             image = read_image(file.fileno())
-    server = KernelServer(args.dir, Machine(image, args.cmdline, _load_handlers(args.handler)))
+    server = KernelServer(args.dir, Machine(image, args.cmdline, _load_handlers(args.handler, board)))
     desk = Desk(server)
 
     def stop(*_: object) -> None:

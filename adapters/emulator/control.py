@@ -114,6 +114,10 @@ class Control:
         """
         self.call("SPARE", pid=pid)
 
+    def bind(self, device: str, driver: str, *, at_boot: bool = False) -> None:
+        """Bind a device to a driver (empty for none), now or from the next boot on. OSError ENODEV, or EBUSY while it is in use."""
+        self.call("BIND", device=device, driver=driver, at_boot=at_boot)
+
     def state(self) -> dict[str, Any]:
         """Return all there is to see: boot, sessions with their files, members of the world, notes, deviations, faults."""
         return self.call("STATE")

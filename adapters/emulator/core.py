@@ -131,6 +131,11 @@ class KernelModel:
         self._deserialize_error: int | None = None
         self._blocks = 0
         self._objects: set[object] = set()
+        known = {handler.compatible: handler for handler in self.handlers}
+        for record in self._records:
+            for file in record.files:
+                if file.compatible in known:
+                    known[file.compatible].boot(file.payload)
 
     # -- the device ------------------------------------------------------------------------------------------------------------
 

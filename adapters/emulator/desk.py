@@ -56,6 +56,9 @@ class Request(msgspec.Struct, frozen=True):
     skip: int = 0
     times: int = 1
     fault: int = 0
+    device: str = ""
+    driver: str = ""
+    at_boot: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ class Desk:
             "WAIT_BOOT": self._wait_boot,
             "ATTACH": self._attach,
             "SPARE": self._spare,
+            "BIND": self._bind,
             "STATE": lambda _: self._state(),
             "AUDIT": lambda _: {"calls": self._machine.calls},
             "INJECT": self._inject,
@@ -271,6 +275,10 @@ class Desk:
     def _spare(self, ask: Ask) -> Reply:
         self._server.forget(ask.request.pid)
         self._server.population.spare(ask.request.pid)
+        return {}
+
+    def _bind(self, ask: Ask) -> Reply:
+        self._machine.board.bind(ask.request.device, ask.request.driver, at_boot=ask.request.at_boot)
         return {}
 
     def _state(self) -> Reply:

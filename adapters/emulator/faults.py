@@ -3,6 +3,7 @@
 
 Points that take an errno:
   open deserialize create retrieve_session preserve freeze retrieve can_finish load reboot
+  device  an ioctl on a device file (`op`), before it is executed
 Points that hold:
   call    before the ioctl `op` is executed
   reply   after it was executed and before its caller hears of it
@@ -25,6 +26,7 @@ ERRNO_POINTS = frozenset(
         "can_finish",
         "load",
         "reboot",
+        "device",
     }
 )
 HOLD_POINTS = frozenset({"call", "reply", "jump"})

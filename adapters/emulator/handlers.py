@@ -10,7 +10,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from .board import Board
 
 Payload = Any
 """What a handler keeps of a file: in the old world from preserve to the jump, then what crosses it, then until finish."""
@@ -88,6 +91,9 @@ class FileHandler:
         """Return what the next kernel finds; called at the jump, when no process is alive any more."""
         raise NotImplementedError
 
+    def boot(self, _payload: Payload, /) -> None:
+        """Take note of a carried payload at early boot, before anybody opens the device."""
+
     def discard(self, payload: Payload) -> None:
         """Let go of a carried payload that no kernel takes up, or that was never retrieved before the next kexec."""
 
@@ -113,9 +119,13 @@ HandlerFactory = Callable[[str], FileHandler]
 
 
 class HandlerRegistry:
-    """The kinds of files an emulated machine has drivers for: kind -> compatible string and factory."""
+    """The kinds of files an emulated machine has drivers for: kind -> compatible string and factory.
 
-    def __init__(self) -> None:
+    `board` is what is plugged into the machine, for handlers of device files.
+    """
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
         self._factories: dict[str, tuple[str, HandlerFactory]] = {}
 
     def register(self, kind: str, compatible: str, factory: HandlerFactory) -> None:

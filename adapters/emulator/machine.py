@@ -8,6 +8,7 @@ import uuid
 from typing import Any
 
 from ..liveupdate import abi
+from .board import Board
 from .boot import Booted, Handover, KernelPanic, boot
 from .core import Incoming, KernelModel, Outgoing, Session
 from .faults import Faults
@@ -25,7 +26,8 @@ class Machine:
     """One machine. `panic` is set while it stands still after a kernel panic; only a cold boot helps then."""
 
     def __init__(self, image: KernelImage, cmdline: str, registry: HandlerRegistry | None = None) -> None:
-        self.registry = registry or HandlerRegistry()
+        self.registry = registry or HandlerRegistry(Board())
+        self.board = self.registry.board
         self.deviations: list[str] = []
         self.registry.register(
             MemfdHandler.kind,
@@ -52,11 +54,22 @@ class Machine:
         """Whether the sessions are serialized and only the jump can follow."""
         return self.model is not None and self.model.serialized
 
-    def record(self, op: str, pid: int, *, session: bytes | None = None, token: int | None = None) -> None:
-        """Write down a call that changed the world."""
+    def record(
+        self,
+        op: str,
+        pid: int,
+        *,
+        session: bytes | None = None,
+        token: int | None = None,
+        file: str | None = None,
+        argument: dict[str, int] | None = None,
+    ) -> None:
+        """Write down a call that changed the world; `file` and `argument` are those of a call on a device file."""
         call: dict[str, Any] = {"n": len(self.calls) + 1, "boot": self.boots, "op": op, "pid": pid}
         call["session"] = None if session is None else text(session)
         call["token"] = None if token is None else f"{token:#x}"
+        if file is not None:
+            call["file"], call["argument"] = file, argument or {}
         self.calls.append(call)
 
     def serialize(self, pid: int) -> None:
@@ -98,6 +111,7 @@ class Machine:
         self.boots += 1
         self.boot_id = str(uuid.uuid4())
         self.panic = ""
+        self.board.boot()
         try:
             self._booted = boot(image, cmdline, self.registry, handover, self.faults)
         except KernelPanic as panic:
@@ -123,6 +137,7 @@ class Machine:
             "frozen": self.frozen,
             "outgoing": [_session(session) for session in model.outgoing.values()] if model else [],
             "incoming": [_session(session) for session in model.incoming.values()] if model else [],
+            "devices": self.board.state(),
             "deviations": list(self.deviations),
         }
 

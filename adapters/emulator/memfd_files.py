@@ -59,6 +59,8 @@ class MemfdState:
     seals: int
     offset: int = 0
     frozen: bool = False
+    successor: Descriptor | None = None
+    """The memory that the next kernel finds, once it is carried."""
 
 
 @dataclass
@@ -167,7 +169,9 @@ class MemfdHandler(FileHandler):
         except BaseException:
             os.close(fresh)
             raise
-        return CarriedMemfd(Descriptor(fresh), data.size, data.seals, data.offset)
+        carried = CarriedMemfd(Descriptor(fresh), data.size, data.seals, data.offset)
+        data.successor = carried.content
+        return carried
 
     def discard(self, payload: CarriedMemfd) -> None:
         """Free the memory."""

@@ -34,11 +34,13 @@ class Emulator:
         cmdline: str | None = None,
         image: Path | None = None,
         handlers: Iterable[str] = (),
+        devices: Iterable[str] = (),
         command: Sequence[str] = (sys.executable, "-m", "luod.adapters.emulator"),
     ) -> Emulator:
         """Start one with its sockets in `directory`, and return when it serves. DeviceAbsent if it ends instead.
 
-        `cmdline` and `image` are those of the first kernel, `handlers` name extra file handlers as MODULE:FUNCTION.
+        `cmdline` and `image` are those of the first kernel, `handlers` name extra file handlers as MODULE:FUNCTION,
+        `devices` PCI devices as NAME[,bdf=B][,driver=D][,vf][,noiommu].
         """
         argv = [*command, "--dir", str(directory)]
         if cmdline is not None:
@@ -47,6 +49,8 @@ class Emulator:
             argv += ["--image", str(image)]
         for handler in handlers:
             argv += ["--handler", handler]
+        for device in devices:
+            argv += ["--device", device]
         ready, ready_end = os.pipe2(os.O_CLOEXEC)
         lifeline_end, lifeline = os.pipe2(os.O_CLOEXEC)
         argv += ["--ready-fd", str(ready_end), "--lifeline-fd", str(lifeline_end)]

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import select
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..liveupdate import abi
-from . import wire
+from . import device_calls, wire
 from .core import Blocked, Session
 from .faults import Fault
 from .handlers import File, Refused
 from .machine import Machine
-from .memfd_files import Descriptor
+from .open_file import OpenFile, Reference
 from .population import Population
 
 _BATCH = 4096
@@ -32,10 +31,11 @@ _BATCH = 4096
 
 @dataclass(eq=False)
 class Channel:
-    """An open device (`session` is None) or an open session: our end of its socket."""
+    """An open /dev/liveupdate, an open session, or an open file of another device: our end of its socket."""
 
     sock: socket.socket
     session: Session | None = None
+    opened: OpenFile | None = None
     waiting: bool = False
     """A call on it is held, or its last close sleeps: nothing more is read."""
 
@@ -47,7 +47,7 @@ class Answer:
     code: int = 0
     body: bytes = b""
     lent: int = -1
-    given: socket.socket | None = None
+    given: socket.socket | Reference | None = None
 
 
 @dataclass(eq=False)
@@ -61,11 +61,25 @@ class Call:
     file: File | None
     pid: int
     answer: Answer | None = None
+    device: device_calls.CallRequest | None = None
+    files: dict[int, File] = field(default_factory=dict[int, File])
+    """On a device file: the call, and the files it names."""
+
+    @property
+    def operation(self) -> str | None:
+        """The name of the ioctl."""
+        if self.channel.opened is not None:
+            return self.channel.opened.requests.get(self.request, (None, None))[0]
+        return abi.OPERATIONS.get(self.request)
 
     @property
     def token(self) -> int | None:
         """The token of PRESERVE_FD and RETRIEVE_FD."""
-        if self.request in (abi.PRESERVE_FD, abi.RETRIEVE_FD) and len(self.buf) >= abi.S_FD.size:
+        if (
+            self.channel.opened is None
+            and self.request in (abi.PRESERVE_FD, abi.RETRIEVE_FD)
+            and len(self.buf) >= abi.S_FD.size
+        ):
             return int.from_bytes(self.buf[8:16], "little")
         return None
 
@@ -74,6 +88,8 @@ class Call:
         """The session it is about, as far as the caller said."""
         if self.channel.session is not None:
             return self.channel.session.name
+        if self.channel.opened is not None:
+            return None
         return self.buf[8:72].split(b"\0", 1)[0] if len(self.buf) >= abi.S_SESSION.size else None
 
 
@@ -102,6 +118,11 @@ class KernelServer:
         self._pidfds: dict[int, int] = {}
         self._blocked: list[Call] = []
         self._device: socket.socket | None = None
+        self._files = device_calls.OpenFiles(self._add_opened)
+        machine.board.publish = self._files.publish
+        self._devices = wire.listen(directory, device_calls.DEVICES_SOCKET, socket.SOCK_SEQPACKET)
+        self.watch(self._devices.fileno(), lambda _: self._accept_open())
+        self._opening: dict[int, socket.socket] = {}
         self.sync_device()
 
     @property
@@ -141,6 +162,8 @@ class KernelServer:
             self._drop(channel)
         if self._device is not None:
             self._close_device()
+        self._end_opening()
+        self._devices.close()
         self._events.close()
         self._hangups.close()
 
@@ -194,6 +217,9 @@ class KernelServer:
             self._closed(channel)
 
     def _closed(self, channel: Channel) -> None:
+        if channel.opened is not None:
+            self._drop(channel)
+            return
         model = self.machine.model
         if model is None:
             raise RuntimeError("a device without a kernel")
@@ -208,13 +234,18 @@ class KernelServer:
             self.machine.record("CLOSE", 0, session=channel.session.name)
         self._drop(channel)
 
-    def _add_channel(self, sock: socket.socket, session: Session | None) -> Channel:
+    def _add_channel(
+        self, sock: socket.socket, session: Session | None, opened: OpenFile | None = None
+    ) -> Channel:
         sock.setblocking(False)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        channel = Channel(sock, session)
+        channel = Channel(sock, session, opened)
         self._channels[sock.fileno()] = channel
         self._resume(channel)
         return channel
+
+    def _add_opened(self, sock: socket.socket, opened: OpenFile) -> None:
+        self._add_channel(sock, None, opened)
 
     def _resume(self, channel: Channel) -> None:
         channel.waiting = False
@@ -231,6 +262,9 @@ class KernelServer:
         self._suspend(channel)
         del self._channels[channel.sock.fileno()]
         channel.sock.close()
+        if channel.opened is not None:
+            self._files.forget(channel.opened)
+            channel.opened.release()
 
     # -- the device ------------------------------------------------------------------------------------------------------------
 
@@ -278,7 +312,55 @@ class KernelServer:
         except OSError:
             return None
 
+    def _accept_open(self) -> None:
+        try:
+            sock = self._devices.accept()[0]
+        except OSError:
+            return
+        self._opening[sock.fileno()] = sock
+        self.watch(sock.fileno(), lambda _: self._open(sock))
+
+    def _open(self, sock: socket.socket) -> None:
+        """Open the device node whose path came on that connection."""
+        self._sweep()
+        self._seen(wire.peer_pid(sock), sock)
+        answer = Answer()
+        try:
+            path = sock.recv(wire.MAX_MESSAGE, socket.MSG_DONTWAIT).decode("utf-8", "replace")
+            given = self._files.publish(self.machine.board.open(path))
+            answer = Answer(given=given)
+        except Refused as refusal:
+            answer = Answer(refusal.code)
+        except OSError as error:
+            answer = Answer(error.errno or errno.EIO)
+        self.unwatch(sock.fileno())
+        del self._opening[sock.fileno()]
+        _send(sock, answer)
+
+    def _end_opening(self) -> None:
+        for sock in self._opening.values():
+            self.unwatch(sock.fileno())
+            sock.close()
+        self._opening.clear()
+
     # -- calls -----------------------------------------------------------------------------------------------------------------
+
+    def _parse(self, channel: Channel, data: bytes, fds: list[int], pid: int) -> Call | None:
+        if len(data) >= wire.REQUEST.size:
+            magic, request, attached, length = wire.REQUEST.unpack_from(data)
+            buf = data[wire.REQUEST.size :]
+            if magic == wire.MAGIC and len(buf) == length and len(fds) == 1 + attached:
+                device = None if channel.opened is None else device_calls.request_of(buf, attached)
+                if (device is not None) == (channel.opened is not None) and (device or attached <= 1):
+                    reply = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
+                    files = [self._files.file(fd) for fd in fds[1:]]
+                    if device is None:
+                        return Call(channel, request, buf, reply, files[0] if files else None, pid)
+                    named = {at: file for at, file in zip(device.fds, files, strict=True) if file is not None}
+                    return Call(channel, request, buf, reply, None, pid, device=device, files=named)
+        for fd in fds:
+            os.close(fd)
+        return None
 
     def _readable(self, channel: Channel) -> None:
         self._sweep()
@@ -291,7 +373,7 @@ class KernelServer:
         if call is None:
             return False
         fault = self.machine.faults.match(
-            "call", op=abi.OPERATIONS.get(call.request), session=call.session_name, token=call.token
+            "call", op=call.operation, session=call.session_name, token=call.token
         )
         if fault is not None:
             self._hold(fault, call)
@@ -307,7 +389,7 @@ class KernelServer:
                 return None
             if not data:
                 return None
-            call = _parse(channel, data, fds, pid)
+            call = self._parse(channel, data, fds, pid)
             if call is not None:
                 self._seen(pid, call.reply)
                 return call
@@ -330,7 +412,7 @@ class KernelServer:
         fault = None
         if not call.answer.code:
             fault = self.machine.faults.match(
-                "reply", op=abi.OPERATIONS.get(call.request), session=call.session_name, token=call.token
+                "reply", op=call.operation, session=call.session_name, token=call.token
             )
         if fault is not None:
             self._hold(fault, call)
@@ -338,6 +420,8 @@ class KernelServer:
             _send_answer(call)
 
     def _run(self, call: Call) -> Answer:
+        if call.channel.opened is not None:
+            return self._run_device_file(call, call.channel.opened)
         model = self.machine.model
         if model is None:
             raise Refused(errno.ENODEV)
@@ -352,6 +436,23 @@ class KernelServer:
                 abi.OPERATIONS[call.request], call.pid, session=session.name, token=call.token
             )
         return Answer(0, body, -1 if file is None else file.fileno())
+
+    def _run_device_file(self, call: Call, opened: OpenFile) -> Answer:
+        files, call.files = call.files, {}
+        fault = self.machine.faults.match("device", op=call.operation)
+        if fault is not None or call.device is None:
+            for file in files.values():
+                file.close()
+            raise Refused(fault.errno if fault else errno.EINVAL)
+        code, reply = device_calls.run(opened, call.device, files)
+        if code:
+            return Answer(code, device_calls.encode(reply))
+        if call.request in opened.requests and call.request not in opened.queries:
+            name, struct = opened.requests[call.request]
+            readable = struct is not None and len(reply.argument) >= struct.size
+            argument = struct.unpack(reply.argument) if struct is not None and readable else {}
+            self.machine.record(name, call.pid, file=opened.label, argument=argument)
+        return Answer(0, device_calls.encode(reply))
 
     def _run_device(self, call: Call) -> Answer:
         model = self.machine.model
@@ -414,6 +515,7 @@ class KernelServer:
         for sock in iter(self._next_connection, None):
             self._seen(wire.peer_pid(sock), sock)
             sock.close()
+        self._end_opening()
         for channel in self._channels.values():
             # Callers that were not served yet belong to this world as well.
             while (call := self._receive(channel)) is not None:
@@ -431,43 +533,27 @@ class KernelServer:
             self._drop(channel)
 
 
-def _parse(channel: Channel, data: bytes, fds: list[int], pid: int) -> Call | None:
-    if len(data) >= wire.REQUEST.size:
-        magic, request, attached, length = wire.REQUEST.unpack_from(data)
-        buf = data[wire.REQUEST.size :]
-        if magic == wire.MAGIC and len(buf) == length and len(fds) == 1 + attached:
-            reply = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
-            return Call(channel, request, buf, reply, _argument(fds[1]) if attached else None, pid)
-    for fd in fds:
-        os.close(fd)
-    return None
-
-
-def _argument(fd: int) -> Descriptor | None:
-    """Take the file of PRESERVE_FD; one opened with O_PATH counts as not open."""
-    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH:
-        os.close(fd)
-        return None
-    return Descriptor(fd)
-
-
 def _send_answer(call: Call) -> None:
-    answer = call.answer or Answer(errno.EIO)
+    _send(call.reply, call.answer or Answer(errno.EIO))
+
+
+def _send(reply: socket.socket, answer: Answer) -> None:
     fds = [answer.given.fileno()] if answer.given else [answer.lent] if answer.lent >= 0 else []
     with contextlib.suppress(
         OSError
     ):  # the caller was killed meanwhile; a session it was to get hangs up at once
         wire.send_with_fds(
-            call.reply, wire.REPLY.pack(answer.code, bool(fds)) + answer.body, fds, socket.MSG_DONTWAIT
+            reply, wire.REPLY.pack(answer.code, bool(fds)) + answer.body, fds, socket.MSG_DONTWAIT
         )
     if answer.given:
         answer.given.close()
-    call.reply.close()
+    reply.close()
 
 
 def _abandon(call: Call) -> None:
     call.reply.close()
-    if call.file is not None:
-        call.file.close()
+    for file in (call.file, *call.files.values()):
+        if file is not None:
+            file.close()
     if call.answer is not None and call.answer.given is not None:
         call.answer.given.close()

@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 
 REQUEST = struct.Struct("<4sIII")
-"""Magic, ioctl request, 1 if the file is attached, length of the struct."""
+"""Magic, ioctl request, how many files are attached, length of the struct."""
 REPLY = struct.Struct("<iI")
 """Errno (0: done), 1 if an fd is attached."""
 MAGIC = b"luo1"
@@ -26,7 +26,9 @@ CONTROL_SOCKET = "control"
 
 CREDENTIALS = struct.Struct("iII")
 _INT = array.array("i").itemsize
-_ANCILLARY = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(8 * _INT)
+MAX_RIGHTS = 128
+"""How many descriptors a message may bring."""
+_ANCILLARY = socket.CMSG_SPACE(CREDENTIALS.size) + socket.CMSG_SPACE(MAX_RIGHTS * _INT)
 
 
 def connect(directory: Path, name: str, kind: socket.SocketKind) -> socket.socket:

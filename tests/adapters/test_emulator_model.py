@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from luod.adapters.emulator import core as real_core
+from luod.adapters.emulator.board import Board
 from luod.adapters.emulator.faults import Faults
 from luod.adapters.emulator.handlers import (
     File,
@@ -429,7 +430,7 @@ def test_faults_strike_where_they_are_told(core: ModuleType) -> None:
 
 
 def test_the_registry() -> None:
-    registry, script = HandlerRegistry(), Script()
+    registry, script = HandlerRegistry(Board()), Script()
     registry.register("thing", "thing-v1", lambda compatible: ThingHandler(script, compatible))
     with pytest.raises(ValueError, match="registered"):
         registry.register("thing", "thing-v1", lambda compatible: ThingHandler(script, compatible))

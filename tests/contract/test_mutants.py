@@ -71,7 +71,7 @@ MUTANTS = [
     Mutant("hugetlb accepted", "memfd_files", "and filesystem_magic(file.fd) == TMPFS_MAGIC", "", "test_x23_hugetlb_memfd"),
     Mutant("holes stay", "memfd_files", "            self._fill(fd, facts.st_size)\n", "            pass\n",
            "test_x22_preserve_fills_holes"),
-    Mutant("O_PATH accepted", "server", "fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH", "False", "test_x08_closed_and_path_fds"),
+    Mutant("O_PATH accepted", "device_calls", "fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_PATH", "False", "test_x08_closed_and_path_fds"),
     Mutant("the session dies with the device", "core", "        self.device_open = False\n\n    def _deserialize",
            "        self.device_open = False\n        self.outgoing.clear()\n\n    def _deserialize",
            "test_x10_closing_the_device_changes_nothing"),
