@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..iommufd import abi as iommufd_abi
@@ -77,6 +78,22 @@ class Board:
             board.slots[option.name] = Slot(PciFunction(option), option.driver, option.driver)
         return board
 
+    def write_sysfs(self, root: Path) -> None:
+        """Write what sysfs shows of the devices under `root`: driver, IOMMU group, and the name of the node. It cannot be written to."""
+        bus = root / "bus" / "pci"
+        for number, (name, slot) in enumerate(self.slots.items()):
+            place = bus / "devices" / slot.function.bdf
+            place.mkdir(parents=True, exist_ok=True)
+            _link(place / "driver", bus / "drivers" / slot.driver if slot.driver else None)
+            group = root / "kernel" / "iommu_groups" / str(number)
+            (group / "devices" / slot.function.bdf).mkdir(parents=True, exist_ok=True)
+            _link(place / "iommu_group", None if slot.function.option.noiommu else group)
+            node = place / "vfio-dev" / name
+            if slot.driver == VFIO_PCI:
+                node.mkdir(parents=True, exist_ok=True)
+            elif node.is_dir():
+                node.rmdir()
+
     def boot(self) -> None:
         """Begin a boot: every device is reset, bound to what it is bound to at boot, and not translated for."""
         self.speaks_proposed = False
@@ -146,6 +163,12 @@ class Board:
     def state(self) -> dict[str, Any]:
         """Describe the devices for the harness."""
         return {name: _describe(slot) for name, slot in self.slots.items()}
+
+
+def _link(link: Path, target: Path | None) -> None:
+    link.unlink(missing_ok=True)
+    if target is not None:
+        link.symlink_to(target)
 
 
 def _describe(slot: Slot) -> dict[str, Any]:

@@ -278,10 +278,13 @@ class Desk:
         return {}
 
     def _bind(self, ask: Ask) -> Reply:
+        self._server.sweep()
         self._machine.board.bind(ask.request.device, ask.request.driver, at_boot=ask.request.at_boot)
+        self._machine.board.write_sysfs(self._server.directory / "sys")
         return {}
 
     def _state(self) -> Reply:
+        self._server.sweep()
         faults = [
             {"fault": fault.number, "at": fault.at, "hits": fault.hits}
             for fault in self._machine.faults.orders.values()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import stat
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from .open_file import DeviceCall
 _MAP_FLAGS = FIXED_IOVA | WRITEABLE | READABLE
 _HWPT_ALLOC_MINIMUM = abi.S_HWPT_ALLOC.offsets["data_type"]
 _HW_INFO_MINIMUM = 32
+_GET_DIRTY_BITMAP = abi.REQUESTS["IOMMU_HWPT_GET_DIRTY_BITMAP"]
 _STRUCTS = {
     abi.DESTROY: abi.S_DESTROY,
     abi.IOAS_ALLOC: abi.S_IOAS_ALLOC,
@@ -37,6 +39,7 @@ _STRUCTS = {
     abi.HWPT_ALLOC: abi.S_HWPT_ALLOC,
     abi.GET_HW_INFO: abi.S_HW_INFO,
     abi.IOAS_CHANGE_PROCESS: abi.S_IOAS_CHANGE_PROCESS,
+    _GET_DIRTY_BITMAP: abi.S_HWPT_GET_DIRTY_BITMAP,
     proposed.HWPT_LIVEUPDATE_MARK_PRESERVE: proposed.S_HWPT_MARK_PRESERVE,
     proposed.HWPT_LU_RESTORE: proposed.S_HWPT_RESTORE,
 }
@@ -109,7 +112,7 @@ class IommufdFile:
     requests: Mapping[int, tuple[str, CStruct | None]] = {
         number: (name, _STRUCTS[number]) for name, number in {**abi.REQUESTS, **proposed.REQUESTS}.items()
     }
-    queries = frozenset({abi.IOAS_IOVA_RANGES, abi.GET_HW_INFO})
+    queries = frozenset({abi.IOAS_IOVA_RANGES, abi.GET_HW_INFO, _GET_DIRTY_BITMAP})
 
     def __init__(
         self, label: str, *, speaks_proposed: bool = False, arrived: dict[int, Arrived] | None = None
@@ -117,7 +120,6 @@ class IommufdFile:
         self.label = label
         self.arrived = arrived
         self.objects: dict[int, Object] = {}
-        self._next = 1
         self._calls: dict[int, Callable[[DeviceCall, bytearray], None]] = {
             abi.DESTROY: self._destroy,
             abi.IOAS_ALLOC: self._ioas_alloc,
@@ -129,6 +131,7 @@ class IommufdFile:
             abi.HWPT_ALLOC: self._hwpt_alloc,
             abi.GET_HW_INFO: self._hw_info,
             abi.IOAS_CHANGE_PROCESS: self._change_process,
+            _GET_DIRTY_BITMAP: self._dirty_bitmap,
         }
         if speaks_proposed:
             self._calls[proposed.HWPT_LIVEUPDATE_MARK_PRESERVE] = self._mark_preserve
@@ -164,8 +167,8 @@ class IommufdFile:
     # -- objects ---------------------------------------------------------------------------------------------------------------
 
     def add(self, found: Object) -> int:
-        """Give an object its id."""
-        number, self._next = self._next, self._next + 1
+        """Give an object its id: the lowest free one."""
+        number = next(number for number in itertools.count(1) if number not in self.objects)
         self.objects[number] = found
         return number
 
@@ -334,6 +337,14 @@ class IommufdFile:
             raise Refused(errno.ENOENT)
         struct.put(argument, "data_len", 0)
         struct.put(argument, "out_data_type", 0)
+
+    def _dirty_bitmap(self, _call: DeviceCall, argument: bytearray) -> None:
+        values = abi.S_HWPT_GET_DIRTY_BITMAP.unpack(argument)
+        if values["flags"] & ~1 or values["__reserved"]:
+            raise Refused(errno.EOPNOTSUPP)
+        if not isinstance(self.objects.get(values["hwpt_id"]), Hwpt):
+            raise Refused(errno.ENOENT)
+        raise Refused(errno.EOPNOTSUPP)
 
     def _change_process(self, _call: DeviceCall, argument: bytearray) -> None:
         if abi.S_IOAS_CHANGE_PROCESS.get(argument, "__reserved"):

@@ -148,7 +148,7 @@ class KernelServer:
 
     def run(self, after_each: Callable[[], None] = lambda: None) -> None:
         """Serve until `running` is False. `after_each` runs after every batch of events."""
-        self.watch(self._hangups.fileno(), lambda _: self._sweep())
+        self.watch(self._hangups.fileno(), lambda _: self.sweep())
         while self.running:
             for fd, events in self._events.poll(-1, _BATCH):
                 handle = self._watched.get(fd)
@@ -195,7 +195,7 @@ class KernelServer:
 
     # -- hang-ups --------------------------------------------------------------------------------------------------------------
 
-    def _sweep(self) -> None:
+    def sweep(self) -> None:
         """See every hang-up and every end of a process that has happened by now."""
         while True:
             events = self._hangups.poll(0, _BATCH)
@@ -270,9 +270,10 @@ class KernelServer:
 
     def sync_device(self) -> None:
         """Have the device socket exactly when the running kernel offers the device."""
+        self.machine.board.write_sysfs(self.directory / "sys")
         if self.machine.model is None and self._device is not None:
             self._close_device()
-        elif self.machine.model is not None and self._device is None:
+        if self.machine.model is not None and self._device is None:
             self._device = wire.listen(self.directory, wire.DEVICE_SOCKET, socket.SOCK_SEQPACKET)
             self.watch(self._device.fileno(), lambda _: self._accept())
 
@@ -287,7 +288,7 @@ class KernelServer:
         sock = self._next_connection()
         if sock is None:
             return
-        self._sweep()
+        self.sweep()
         self._seen(wire.peer_pid(sock), sock)
         model = self.machine.model
         code = errno.ENOENT
@@ -322,7 +323,7 @@ class KernelServer:
 
     def _open(self, sock: socket.socket) -> None:
         """Open the device node whose path came on that connection."""
-        self._sweep()
+        self.sweep()
         self._seen(wire.peer_pid(sock), sock)
         answer = Answer()
         try:
@@ -363,7 +364,7 @@ class KernelServer:
         return None
 
     def _readable(self, channel: Channel) -> None:
-        self._sweep()
+        self.sweep()
         if not channel.waiting and channel.sock.fileno() in self._channels:
             self._serve_one(channel)
 
@@ -449,8 +450,7 @@ class KernelServer:
             return Answer(code, device_calls.encode(reply))
         if call.request in opened.requests and call.request not in opened.queries:
             name, struct = opened.requests[call.request]
-            readable = struct is not None and len(reply.argument) >= struct.size
-            argument = struct.unpack(reply.argument) if struct is not None and readable else {}
+            argument = {} if struct is None else struct.unpack(reply.argument.ljust(struct.size, b"\0"))
             self.machine.record(name, call.pid, file=opened.label, argument=argument)
         return Answer(0, device_calls.encode(reply))
 
@@ -491,7 +491,7 @@ class KernelServer:
 
     def reboot_kexec(self, pid: int) -> bool:
         """Freeze, then jump unless a fault holds the jump; True when the jump has been made. `Refused` if nothing happened."""
-        self._sweep()
+        self.sweep()
         self.machine.serialize(pid)
         self.jump_fault = self.machine.faults.match("jump")
         if self.jump_fault is not None:
