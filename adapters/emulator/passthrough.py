@@ -96,13 +96,13 @@ class IommufdHandler(FileHandler):
             one.hwpt.space.immutable = True
         return PreservedIommufd({one.hwpt.token: one for one in taken if one.hwpt.token is not None})
 
-    def unpreserve(self, _file: File, data: PreservedIommufd) -> None:
+    def unpreserve(self, file: File, data: PreservedIommufd) -> None:
         """Let the address spaces be changed again."""
         for one in data.page_tables.values():
             one.hwpt.preserved = False
             one.hwpt.space.immutable = one.hwpt.restored
 
-    def carry(self, _file: File, data: PreservedIommufd) -> ArrivedIommufd:
+    def carry(self, file: File, data: PreservedIommufd) -> ArrivedIommufd:
         """Map the same addresses to the memory that the memfds have become."""
         page_tables = {token: Arrived(_carried(one.areas)) for token, one in data.page_tables.items()}
         data.carried = ArrivedIommufd(page_tables)
@@ -216,7 +216,7 @@ class VfioHandler(FileHandler):
         cdev.preserved = True
         return PreservedDevice(iommufd, cdev.hwpt.token)
 
-    def unpreserve(self, file: File, _data: PreservedDevice) -> None:
+    def unpreserve(self, file: File, data: PreservedDevice) -> None:
         """Let it be attached elsewhere again. A frozen one stays frozen."""
         _cdev(file).preserved = False
 

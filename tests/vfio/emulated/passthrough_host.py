@@ -172,13 +172,17 @@ class Host:
         pattern = os.urandom(64)
         os.pwrite(ram, pattern, 0)
         os.pwrite(ram, bytes(64), at)
-        for source, target, command in (
-            (iova, edu.BUFFER, edu.START),
-            (edu.BUFFER, iova + at, edu.START | edu.TO_MEMORY),
-        ):
-            for register, value in ((0x80, source), (0x88, target), (0x90, 64), (0x98, command)):
-                device.write(abi.BAR0, register, value.to_bytes(8, "little"))
+        self.copy(device, iova, iova + at)
         return os.pread(ram, 64, at) == pattern
+
+    def copy(self, device: VfioDevice, source: int, target: int) -> None:
+        """Have the device copy 64 bytes by way of its own buffer."""
+        for start, end, command in (
+            (source, edu.BUFFER, edu.START),
+            (edu.BUFFER, target, edu.START | edu.TO_MEMORY),
+        ):
+            for register, value in ((0x80, start), (0x88, end), (0x90, 64), (0x98, command)):
+                device.write(abi.BAR0, register, value.to_bytes(8, "little"))
 
     def state(self, name: str = "vfio0") -> dict[str, Any]:
         found: dict[str, Any] = self.control.state()["devices"][name]

@@ -23,6 +23,11 @@ from passthrough_host import (
 )
 
 from luod.adapters import memfd, proposed
+from luod.adapters.emulator.address_space import AddressSpace
+from luod.adapters.emulator.board import ArrivedDevice, ArrivedIommufd, Board
+from luod.adapters.emulator.iommufd import Arrived
+from luod.adapters.emulator.passthrough import VfioHandler
+from luod.adapters.emulator.pci_function import DeviceOption
 from luod.adapters.iommufd import abi as iommufd_abi
 from luod.adapters.iommufd import liveupdate
 from luod.adapters.vfio import abi
@@ -141,6 +146,15 @@ def test_a_device_that_is_not_attached(host: Host) -> None:
         host.kernel.preserve_fd(session, CDEV, guest.device.fd)
     with refused(errno.ENOENT):
         host.kernel.preserve_fd(session, CDEV, host.device("vfio1").fd)
+
+
+def test_a_device_of_another_iommufd(host: Host) -> None:
+    """Not even if that one has a page table of the same token."""
+    guest, other, session = host.guest(), host.guest("vfio1"), host.session()
+    host.kernel.preserve_fd(session, RAM, guest.ram)
+    host.kernel.preserve_fd(session, IOMMUFD, guest.iommufd.fd)
+    with refused(errno.ENOENT):
+        host.kernel.preserve_fd(session, CDEV, other.device.fd)
 
 
 def test_a_virtual_function(host: Host) -> None:
@@ -333,6 +347,95 @@ def test_finish_waits_for_every_rule(host: Host) -> None:
     own.destroy(restored)
     host.close(device.fd)
     host.device()  # the claim is over
+
+
+def test_finish_needs_the_iommufd(host: Host) -> None:
+    guest, session = host.guest(), host.session()
+    host.kernel.preserve_fd(session, RAM, guest.ram)
+    host.kernel.preserve_fd(session, IOMMUFD, guest.iommufd.fd)
+    host.jump()
+    session = host.retrieved_session()
+    with refused(errno.EBUSY):
+        host.kernel.finish(session)
+    own = host.retrieved_iommufd(session)
+    host.restore_hwpt(own)
+    host.kernel.finish(session)
+
+
+def test_finish_needs_every_device(host: Host) -> None:
+    guest, session = host.guest(), host.session()
+    second = host.device("vfio1")
+    second_id = second.bind(guest.iommufd.fd)
+    table = guest.iommufd.alloc_hwpt(second_id, guest.ioas)
+    second.attach(table)
+    liveupdate.mark_preserve(host.files, guest.iommufd.fd, table, HWPT_TOKEN + 1)
+    host.preserve(session, guest)
+    host.kernel.preserve_fd(session, OTHER_CDEV, second.fd)
+    host.jump()
+    session = host.retrieved_session()
+    own, device = host.retrieved_iommufd(session), host.retrieved_device(session)
+    other = type(device)(host.files, host.retrieve(session, OTHER_CDEV), name="other")
+    ioas = own.alloc_ioas()
+    for one, token in ((device, HWPT_TOKEN), (other, HWPT_TOKEN + 1)):
+        with refused(errno.EBUSY):
+            host.kernel.finish(session)
+        one.bind(own.fd)
+        host.restore_hwpt(own, token)
+        one.attach(ioas)
+    host.close(other.fd)  # the session holds the file: it stays bound
+    host.kernel.finish(session)
+
+
+def test_what_a_device_itself_asks_of_finish() -> None:
+    """Retrieved and bound. Its iommufd asks for more, so that a whole machine cannot show it."""
+    board = Board.of([DeviceOption("vfio0", "0000:00:04.0")])
+    handler = VfioHandler("vfio-pci-v1", board)
+    arrived = ArrivedDevice("0000:00:04.0", ArrivedIommufd({}), Arrived(AddressSpace()))
+    assert not handler.can_finish(arrived, "retrieved")
+    board.slots["vfio0"].function.opener = object()
+    assert handler.can_finish(arrived, "retrieved")
+    assert not handler.can_finish(arrived, "untouched")
+    assert not handler.can_finish(arrived, "failed")
+
+
+def test_a_mapping_keeps_its_place_in_the_memory(host: Host) -> None:
+    guest, session = host.guest(), host.session()
+    guest.iommufd.unmap(guest.ioas, IOVA, SIZE)
+    guest.iommufd.map_file(guest.ioas, guest.ram, 4096, 8192, IOVA)
+    os.pwrite(guest.ram, b"second page", 4096)
+    host.preserve(session, guest)
+    host.jump()
+    session = host.retrieved_session()
+    own, device, ram = (
+        host.retrieved_iommufd(session),
+        host.retrieved_device(session),
+        host.retrieve(session, RAM),
+    )
+    device.bind(own.fd)
+    ConfigSpace(device).set_bus_master(True)
+    assert not host.dma(device, ram), "the mapping begins at the second page"
+    assert os.pread(ram, 64, 8192) == bytes(64)
+    os.pwrite(ram, b"x" * 64, 4096)
+    host.copy(device, IOVA, IOVA + 4096)
+    assert os.pread(ram, 64, 8192) == b"x" * 64
+
+
+def test_a_restored_page_table_can_go_on(host: Host) -> None:
+    """It is what it was: marked again, it could be carried again."""
+    session = host.carried()
+    ram, own = host.retrieve(session, RAM), host.retrieved_iommufd(session)
+    device = host.retrieved_device(session)
+    device.bind(own.fd)
+    restored, ioas = host.restore_hwpt(own), own.alloc_ioas()
+    device.attach(ioas)
+    host.kernel.finish(session)
+    device.attach(restored)
+    liveupdate.mark_preserve(host.files, own.fd, restored, HWPT_TOKEN)
+    outgoing = host.session("vm")
+    for token, fd in ((RAM, ram), (IOMMUFD, own.fd), (CDEV, device.fd)):
+        host.kernel.preserve_fd(outgoing, token, fd)
+    host.jump()
+    assert host.state()["mappings"] == [{"iova": IOVA, "length": SIZE}]
 
 
 def test_restore_is_for_retrieved_iommufds(host: Host) -> None:
