@@ -39,7 +39,10 @@ class Mapping(msgspec.Struct, frozen=True):
 
 
 class Space(msgspec.Struct, frozen=True):
-    """An iommufd with one I/O address space. With `own_tables` each of its devices has a page table of its own (HWPT_ALLOC)."""
+    """An iommufd with one I/O address space. With `own_tables` each of its devices has a page table of its own (HWPT_ALLOC).
+
+    A kernel that carries devices carries page tables: those of a space without `own_tables` cannot be.
+    """
 
     token: str
     mappings: tuple[Mapping, ...] = ()
@@ -189,12 +192,20 @@ def _device_steps(guest: Guest, device: Device, space: Space, carried: bool) -> 
     if device.facts is not None:
         steps.append(Step("vfio.check", {**it, "facts": msgspec.to_builtins(device.facts)}))
     table = ioas
+    if carried:
+        # Its page table came along: it is taken up again, and given up by attaching the new one.
+        restored = {"iommufd": space.token, "table": token, "place": 2 * place}
+        steps.append(Step("iommufd.hwpt_restore", restored))
     if space.own_tables:
-        made = {"iommufd": space.token, "ioas_id": ioas, "place": place}
+        made = {"iommufd": space.token, "ioas_id": ioas, "place": 2 * place + 1 if carried else place}
         made["device_id"] = _from(token, "vfio.bind", "device_id")
         steps.append(Step("iommufd.hwpt_alloc", made))
         table = _from(token, "iommufd.hwpt_alloc", "hwpt_id")
     steps.append(Step("vfio.attach", {**it, "page_table": table}))
+    if space.own_tables:
+        steps.append(
+            Step("iommufd.mark_preserve", {"iommufd": space.token, "hwpt_id": table, "table": token})
+        )
     for irqs in device.irqs:
         asked = {**it, "index": irqs.index, "vectors": irqs.vectors}
         steps.append(Step(f"vfio.irqs#{irqs.name}", asked))

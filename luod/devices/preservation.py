@@ -116,6 +116,11 @@ class Preservation:
         rules.enforce([*self._sealed(), *rules.before_preserving(asked)])
         outcome: Devices = "preserve"
         for one in asked:
+            if one.kind == "iommufd" and self.devices == "reattach" and self._shared():
+                outcome = "reattach"
+                break
+            if one.kind == "vfio":  # so this kernel carries what it rests on
+                rules.enforce(rules.own_page_table(self._shared()))
             try:
                 self._host.kernel.preserve_fd(
                     self._host.session_fd, parse_token(one.token), self._fd(one.kind, one.token)
@@ -147,6 +152,9 @@ class Preservation:
             *spaces,
             *(rules.Asked(one.token, "vfio", into, (one.space,)) for one in guest.devices),
         ]
+
+    def _shared(self) -> list[str]:
+        return [one.token for one in self.guest.spaces if not one.own_tables]
 
     def _sealed(self) -> list[rules.Violation]:
         mapped = {each.memory for one in self.guest.spaces for each in one.mappings}

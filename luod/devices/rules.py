@@ -21,7 +21,13 @@ class Violation(msgspec.Struct, frozen=True):
     """One rule that something breaks: the rule's name, what breaks it, and what to do."""
 
     rule: Literal[
-        "sealed-before-mapping", "memory-first", "iommufd-first", "one-session", "interrupts-off", "awake"
+        "own-page-table",
+        "sealed-before-mapping",
+        "memory-first",
+        "iommufd-first",
+        "one-session",
+        "interrupts-off",
+        "awake",
     ]
     subject: str
     message: str
@@ -107,6 +113,19 @@ def before_preserving(asked: Sequence[Asked]) -> list[Violation]:
             )
         seen[one.token] = one.session
     return found
+
+
+def own_page_table(shared: Iterable[str]) -> list[Violation]:
+    """Every device that is carried needs a page table that is its own: it is that which is marked, carried, and taken up again."""
+    return [
+        Violation(
+            "own-page-table",
+            f"iommufd {token}",
+            "its devices share one page table",
+            'make a page table for each (`own_tables=True`), or subscribe with devices="reattach"',
+        )
+        for token in shared
+    ]
 
 
 class Standing(msgspec.Struct, frozen=True):

@@ -4,16 +4,17 @@
 | step | how it is asked for |
 | --- | --- |
 | memfd.retrieve, iommufd.open, iommufd.retrieve, vfio.open, vfio.retrieve | whether this process, or the keeper, has the fd |
-| iommufd.ioas_alloc, vfio.bind, iommufd.hwpt_alloc | the objects of the iommufd by kind, whose ids are in the order of the plan |
+| iommufd.ioas_alloc, vfio.bind, iommufd.hwpt_alloc, iommufd.hwpt_restore | the objects of the iommufd by kind: their ids rise with the plan |
 | iommufd.map_file | the range copied onto itself: EEXIST or ENOENT |
 | vfio.irqs, vfio.irqs_off | a trigger that is no trigger: EINVAL when off |
 | vfio.bus_master, vfio.bus_master_off, vfio.wake | the configuration space |
 | pci.take | sysfs |
-| memfd.check, vfio.check, vfio.attach, vfio.trigger, vfio.reset | not at all: to do them again changes nothing |
+| memfd.check, vfio.check, vfio.attach, iommufd.mark_preserve, vfio.trigger, vfio.reset | not at all: to do them again changes nothing |
 """
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import msgspec
 
 from ..adapters import memfd
+from ..adapters.iommufd import liveupdate
 from ..adapters.iommufd.device import open_iommufd
 from ..adapters.passthrough_errors import PassthroughError, TakenElsewhere, TooOld, WrongOrder
 from ..adapters.vfio import abi
@@ -77,6 +79,8 @@ def effects(host: Host) -> dict[str, Effect]:
         "iommufd.map_file": Step(spaces.map_file, spaces.mapped),
         "iommufd.change_process": Step(spaces.change_process, spaces.accounted),
         "iommufd.hwpt_alloc": Step(spaces.alloc_hwpt, spaces.hwpt_there),
+        "iommufd.hwpt_restore": Step(spaces.restore_hwpt, spaces.hwpt_there),
+        "iommufd.mark_preserve": Step(spaces.mark_preserve),
         "pci.take": Step(devices.take, devices.taken),
         "vfio.open": Step(devices.open, devices.had),
         "vfio.retrieve": Step(devices.retrieve, devices.had),
@@ -197,6 +201,23 @@ class SpaceSteps:
     def alloc_hwpt(self, args: Args) -> Result:
         """Make a page table for one device."""
         return {"hwpt_id": self.host.iommufd(args["iommufd"]).alloc_hwpt(args["device_id"], args["ioas_id"])}
+
+    def restore_hwpt(self, args: Args) -> Result:
+        """Take up the page table of a device that came with the update (proposed; every kernel that carries devices has the call)."""
+        fd = self.host.iommufd(args["iommufd"]).fd
+        return {"hwpt_id": liveupdate.restore_hwpt(self.host.files, fd, parse_token(args["table"]))}
+
+    def mark_preserve(self, args: Args) -> Result:
+        """Say that a device's page table is to be carried by the next update; a kernel that carries none does not know the call."""
+        fd = self.host.iommufd(args["iommufd"]).fd
+        try:
+            liveupdate.mark_preserve(self.host.files, fd, args["hwpt_id"], parse_token(args["table"]))
+        except TooOld:
+            return {"marked": False}
+        except PassthroughError as error:
+            if error.errno != errno.EADDRINUSE:  # it is marked already
+                raise
+        return {"marked": True}
 
     def hwpt_there(self, args: Args) -> Probe:
         """Look for the page table of the device in this place."""
