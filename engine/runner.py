@@ -347,5 +347,8 @@ def errno_name(error: Any) -> str:
     """Return the symbolic errno that an error carries, or the empty text."""
     import errno as numbers
 
+    name = getattr(error, "errno_name", None)
+    if isinstance(name, str):
+        return name  # of two names for a number, the one that the kernel uses
     number = getattr(error, "errno", "")
     return numbers.errorcode.get(number, str(number)) if isinstance(number, int) else str(number or "")

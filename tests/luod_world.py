@@ -71,9 +71,9 @@ class Program:
 
 
 class World:
-    """One emulated machine, from power on to power off."""
+    """One emulated machine, from power on to power off. `machine` are options of `Emulator.start`."""
 
-    def __init__(self, state: Path, settings: str = "") -> None:
+    def __init__(self, state: Path, settings: str = "", **machine: Any) -> None:
         # Clients of other uids must be able to reach the socket, whose path may have 107 bytes at most.
         self.dir = Path(tempfile.mkdtemp(prefix="luod-world-", dir="/tmp"))
         self.dir.chmod(0o755)
@@ -88,7 +88,7 @@ class World:
         self.image = stub_image(self.dir / "next-kernel")
         self.luod: Program | None = None
         self.keeper: Program | None = None
-        self.emulator = Emulator.start(self.emulator_dir)
+        self.emulator = Emulator.start(self.emulator_dir, **machine)
         self.control = self.emulator.control(timeout=PATIENCE_S)
         self.control.spare(os.getpid())
         self.kernel = open_kernel("emulated", directory=self.emulator_dir)
@@ -195,8 +195,8 @@ class World:
 
 
 @contextlib.contextmanager
-def new_world(state: Path, settings: str = "", *, boot: bool = True) -> Iterator[World]:
-    world = World(state, settings)
+def new_world(state: Path, settings: str = "", *, boot: bool = True, **machine: Any) -> Iterator[World]:
+    world = World(state, settings, **machine)
     try:
         if boot:
             world.boot()

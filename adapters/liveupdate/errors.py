@@ -162,7 +162,8 @@ _BY_OPERATION: dict[tuple[str, int], _Row] = {
     ),
     ("PRESERVE_FD", codes.EINVAL): (
         WrongDirection,
-        "the session came with the last kexec; create a new one to preserve into",
+        "the session came with the last kexec: create a new one to preserve into. Of an iommufd: it maps what is no file, or was "
+        "not sealed when it was mapped. Of a device: its page table is not marked",
     ),
     ("PRESERVE_FD", codes.ENOMEM): (
         KernelError,
@@ -171,6 +172,15 @@ _BY_OPERATION: dict[tuple[str, int], _Row] = {
     ("RETRIEVE_FD", codes.ENOENT): (
         TokenUnknown,
         "no file under this token, or the session is finished already",
+    ),
+    ("RETRIEVE_FD", codes.ENODEV): (
+        RetrieveFailed,
+        "the device is not there, or was not bound to vfio-pci when it was asked for; bind it at boot, before any client claims "
+        "its session: the kernel answers the same for ever",
+    ),
+    ("RETRIEVE_FD", codes.EOPNOTSUPP): (
+        RetrieveFailed,
+        "this kernel carries such files and cannot give them back yet: their session stays until the next reboot",
     ),
     ("RETRIEVE_FD", codes.EINVAL): (
         WrongDirection,

@@ -4,7 +4,7 @@
 | step | how it is asked for |
 | --- | --- |
 | memfd.retrieve, iommufd.open, iommufd.retrieve, vfio.open, vfio.retrieve | whether this process, or the keeper, has the fd |
-| iommufd.ioas_alloc, vfio.bind, iommufd.hwpt_alloc, iommufd.hwpt_restore | the objects of the iommufd by kind: their ids rise with the plan |
+| iommufd.ioas_alloc, vfio.bind, iommufd.hwpt_alloc, iommufd.hwpt_restore | the objects of the iommufd, by kind and in order |
 | iommufd.map_file | the range copied onto itself: EEXIST or ENOENT |
 | vfio.irqs, vfio.irqs_off | a trigger that is no trigger: EINVAL when off |
 | vfio.bus_master, vfio.bus_master_off, vfio.wake | the configuration space |

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VMM without vCPUs in the emulated world: memory in a memfd, one edu device, and luod's devices library; in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+from luod_world import PATIENCE_S, World
+
+from luod.aclient import AsyncClient
+from luod.adapters import memfd
+from luod.adapters.emulator import pci_function as edu
+from luod.adapters.emulator.device_files import EmulatedDeviceFiles
+from luod.adapters.keeper.client import Keeper
+from luod.adapters.kernel import open_kernel
+from luod.adapters.vfio import abi
+from luod.adapters.vfio.pci import PciDevices
+from luod.devices.fds import HeldFds
+from luod.devices.guest import Device, Guest, Irqs, Mapping, Memory, Space, as_fields, from_fields
+from luod.devices.host import Host, eventfd_name
+from luod.devices.preservation import NoHandler, Preservation, observe, set_up
+from luod.devices.restoration import Restoration, StepsOpen, plan_engine, reporting
+from luod.engine.plan import StepFailed
+from luod.engine.points import Points, nowhere
+from luod.states.errors import LuodError
+from luod.states.events import Devices
+
+MEMORY, SPACE, DEVICE = "0x10", "0x20", "0x30"
+SIZE, IOVA, PROOF_AT = 64 * 1024, 0x100000, 0x8000
+BLOCK = 256
+
+
+def one_device(address: str, *, own_tables: bool = True) -> Guest:
+    return Guest(
+        (Memory(MEMORY, SIZE, "ram"),),
+        (Space(SPACE, (Mapping(MEMORY, IOVA, SIZE),), own_tables=own_tables),),
+        (Device(DEVICE, address, SPACE, (Irqs(abi.MSI),)),),
+    )
+
+
+class EmulatedVmm:
+    """One guest. `report` says on a pipe where it is."""
+
+    def __init__(
+        self,
+        world: World,
+        name: str,
+        address: str,
+        pipe: int,
+        *,
+        devices: Devices = "preserve",
+        own_tables: bool = True,
+        kept: bool = False,
+        points: Points = nowhere,
+        journal: Path | None = None,
+    ) -> None:
+        self.world = world
+        self.name = name
+        self.address = address
+        self.devices: Devices = devices
+        self.journal = journal or world.dir / f"{name}.journal" / "journal.db"
+        self.guest = one_device(address, own_tables=own_tables)
+        self._pipe = pipe
+        self._points = points
+        self.host = Host(
+            EmulatedDeviceFiles(world.emulator_dir),
+            open_kernel("emulated", directory=world.emulator_dir),
+            PciDevices(sys=world.emulator_dir / "sys"),
+            HeldFds(name, Keeper(world.run) if kept else None),
+        )
+
+    def report(self, at: str, **more: object) -> None:
+        os.write(self._pipe, json.dumps({"at": at, **more}).encode() + b"\n")
+
+    def link(self) -> Awaitable[AsyncClient]:
+        return AsyncClient.connect(self.world.socket, PATIENCE_S, retry_until=time.monotonic() + PATIENCE_S)
+
+    def engine(self) -> Any:
+        return plan_engine(self.journal, self.host, points=self._points)
+
+    # -- what the device does
+
+    def copy(self, source: int, target: int) -> None:
+        """Have the device copy a block by way of its buffer, and wait for its interrupt."""
+        device = self.host.device(DEVICE, self.address)
+        eventfd = self.host.fds.own(eventfd_name(DEVICE, abi.MSI, 0))
+        assert eventfd is not None
+        for start, end, command in (
+            (source, edu.BUFFER, edu.START),
+            (edu.BUFFER, target, edu.START | edu.TO_MEMORY | edu.INTERRUPT),
+        ):
+            for register, value in ((0x80, start), (0x88, end), (0x90, BLOCK), (0x98, command)):
+                device.write(abi.BAR0, register, value.to_bytes(8, "little"))
+        assert select.select([eventfd], [], [], 0)[0], "the device has not interrupted"
+        os.read(eventfd, 8)
+
+    def dma(self, seed: str) -> bool:
+        """Write to memory, have the device copy it, and say whether it came; the copy stays as a proof."""
+        ram, pattern = self.host.memory(MEMORY), block(seed)
+        os.pwrite(ram, pattern, 0)
+        self.copy(IOVA, IOVA + PROOF_AT)
+        return os.pread(ram, BLOCK, PROOF_AT) == pattern
+
+    def proof(self, seed: str) -> bool:
+        """Say whether what the device wrote last is there."""
+        return os.pread(self.host.memory(MEMORY), BLOCK, PROOF_AT) == block(seed)
+
+    # -- the old kernel
+
+    async def old_kernel(self) -> None:
+        fd = memfd.create(self.name, SIZE)
+        memfd.seal_for_preservation(fd)
+        self.host.fds.keep(MEMORY, fd)
+        async with self.engine() as engine, await self.link() as link:
+            await set_up(engine, self.name, self.guest)
+            self.guest = observe(self.guest, self.host)
+            good = self.dma(f"{self.name} before")
+            preservation = Preservation(engine, self.host, self.name, self.guest, devices=self.devices)
+            await link.hello(["freeze", "inventory"])
+            await link.subscribe(self.name, devices=self.devices)
+            self.report("subscribed", dma=good)
+            await self._serve(link, preservation)
+
+    async def _serve(self, link: AsyncClient, preservation: Preservation) -> None:
+        while True:
+            event = await link.next_event(PATIENCE_S)
+            match event.name:
+                case "START_PRESERVATION":
+                    self.host.session_fd = event.fds.pop(0)
+                    try:
+                        resources = preservation.preserve()
+                    except LuodError as error:
+                        self.report(
+                            "nacked", message=error.message, hint=error.hint, kind=type(error).__name__
+                        )
+                        await link.nack(
+                            self.name, "ENOENT" if isinstance(error, NoHandler) else "EINVAL", error.message
+                        )
+                        continue
+                    await link.preserved(self.name, as_fields(resources))
+                    self.report(
+                        "preserved", outcome=preservation.outcome, kinds=[one.kind for one in resources]
+                    )
+                case "FREEZE":
+                    await preservation.quiet()
+                    self.report("ready")
+                    await link.ready(self.name)
+                case "RESUME":
+                    await preservation.resume()
+                    self.report("resumed", dma=self.dma(f"{self.name} before"))
+                case "ABORT":
+                    os.close(self.host.session_fd)
+                    await link.aborted(self.name)
+                    self.host.fds.close()
+                    self.report("aborted")
+                    return
+                case _:
+                    continue
+
+    # -- the new kernel
+
+    async def new_kernel(self) -> None:
+        async with await self.link() as link, self.engine() as engine:
+            await link.hello(["freeze", "inventory"])
+            claimed = await link.claim(self.name)
+            self.host.session_fd = claimed.fds.pop(0)
+            restoration = Restoration(
+                engine,
+                self.host,
+                self.name,
+                from_fields(claimed["resources"]),
+                report=reporting(link, self.name),
+            )
+            try:
+                restoration.finish()
+            except StepsOpen as error:
+                self.report("open", steps=error.steps)
+            try:
+                await restoration.run()
+            except StepFailed as error:
+                self.report(
+                    "failed", step=error.step.id, errno=error.errno, message=error.message, hint=error.hint
+                )
+                return
+            proof = self.proof(f"{self.name} before")
+            good = self.dma(f"{self.name} after")
+            restoration.finish()
+            await link.finished(self.name)
+            self.report("finished", dma=good, proof=proof)
+
+    async def restore_only(self, session_fd: int, fields: list[Any]) -> None:
+        """Run the plans of a session that somebody else holds, and try the device: what dies and is started again."""
+        self.host.session_fd = session_fd
+        async with self.engine() as engine:
+            restoration = Restoration(engine, self.host, self.name, from_fields(fields))
+            await restoration.run()
+            iommufd, among = self.host.iommufd(SPACE), range(1, 64)
+            objects = [iommufd.ioas_ids(among), iommufd.device_ids(among), iommufd.hwpt_ids(among)]
+            proof = self.proof(f"{self.name} before")
+            good = self.dma(f"{self.name} after")
+            restoration.finish()
+            self.report("restored", dma=good, proof=proof, objects=objects)
+
+
+def block(seed: str) -> bytes:
+    return (seed.encode() * BLOCK)[:BLOCK]
+
+
+class Running:
+    """A VMM in a forked process; `heard` are its reports."""
+
+    def __init__(self, make: Callable[[int], Awaitable[None]]) -> None:
+        self._pipe, end = os.pipe()
+        self._buffer = b""
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                os.close(self._pipe)
+                anyio.run(_awaited, make, end)
+                code = 0
+            except BaseException:
+                os.write(2, traceback.format_exc().encode())
+            finally:
+                os._exit(code)
+        os.close(end)
+        self._pidfd = os.pidfd_open(self.pid)
+
+    def heard(self, at: str) -> dict[str, Any]:
+        """Wait for the next report, which must be that one."""
+        found = self.next_report()
+        assert found is not None, f"ended with {self.end()} before it was {at}"
+        assert found["at"] == at, found
+        return found
+
+    def next_report(self) -> dict[str, Any] | None:
+        """Wait for the next report; None when it has ended."""
+        while b"\n" not in self._buffer:
+            assert select.select([self._pipe], [], [], PATIENCE_S)[0], "a VMM says nothing"
+            data = os.read(self._pipe, 65536)
+            if not data:
+                return None
+            self._buffer += data
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def end(self) -> int:
+        """Wait for its end; the exit code, or minus the signal."""
+        assert select.select([self._pidfd], [], [], PATIENCE_S)[0], "a VMM does not end"
+        status = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        os.close(self._pidfd)
+        os.close(self._pipe)
+        assert status is not None
+        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+
+    def buried(self) -> None:
+        """Wait for its death by the reboot."""
+        assert self.end() == -signal.SIGKILL
+
+
+async def _awaited(make: Callable[[int], Awaitable[None]], end: int) -> None:
+    await make(end)
+
+
+def in_old_kernel(world: World, name: str, address: str, **options: Any) -> Running:
+    return Running(lambda pipe: EmulatedVmm(world, name, address, pipe, **options).old_kernel())
+
+
+def in_new_kernel(world: World, name: str, address: str, **options: Any) -> Running:
+    return Running(lambda pipe: EmulatedVmm(world, name, address, pipe, **options).new_kernel())
