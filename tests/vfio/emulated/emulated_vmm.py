@@ -197,6 +197,23 @@ class EmulatedVmm:
             await link.finished(self.name)
             self.report("finished", dma=good, proof=proof)
 
+    async def preserve_only(self, session_fd: int) -> None:
+        """Set everything up, preserve it in a session that somebody else holds, be quiet, and wait for the jump."""
+        fd = memfd.create(self.name, SIZE)
+        memfd.seal_for_preservation(fd)
+        self.host.fds.keep(MEMORY, fd)
+        self.host.session_fd = session_fd
+        async with self.engine() as engine:
+            await set_up(engine, self.name, self.guest)
+            preservation = Preservation(
+                engine, self.host, self.name, observe(self.guest, self.host), devices=self.devices
+            )
+            good = self.dma(f"{self.name} before")
+            resources = as_fields(preservation.preserve())
+            await preservation.quiet()
+            self.report("preserved", resources=resources, dma=good)
+            await anyio.sleep_forever()
+
     async def restore_only(self, session_fd: int, fields: list[Any]) -> None:
         """Run the plans of a session that somebody else holds, and try the device: what dies and is started again."""
         self.host.session_fd = session_fd
@@ -219,6 +236,7 @@ class Running:
     """A VMM in a forked process; `heard` are its reports."""
 
     def __init__(self, make: Callable[[int], Awaitable[None]]) -> None:
+        anyio.run(anyio.sleep, 0)  # so that not every child has the backend to load
         self._pipe, end = os.pipe()
         self._buffer = b""
         self.pid = os.fork()

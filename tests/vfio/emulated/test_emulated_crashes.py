@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VMM that dies while its devices are restored: at every point of every step, and started again each time.
+
+The walk dies at every point once, one death after the other, in one restoration; the matrix has a restoration of its own for each point.
+What the emulated kernel was asked is its audit; nothing may have been made twice there.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from emulated_vmm import EmulatedVmm, Running
+from luod_world import CMDLINE, World, new_world
+from passthrough_host import PLUGIN
+
+from luod.engine.points import STAGES, Points, injector, nowhere
+from luod.engine.ports import KexecImage
+
+ADDRESS = "0000:00:04.0"
+DEVICES = (f"vfio0,bdf={ADDRESS}",)
+ONCE = {
+    "preserve": (
+        "IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_HWPT_LU_RESTORE",
+        "IOMMU_HWPT_ALLOC", "IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE",
+    ),
+    "reattach": ("IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_HWPT_ALLOC"),
+}  # fmt: skip
+MODES = [(devices, kept) for devices in ("preserve", "reattach") for kept in (True, False)]
+
+
+class Arrival:
+    """A session with a guest's memory and devices that has come through a jump, held by this process."""
+
+    def __init__(self, world: World, devices: str, kept: bool) -> None:
+        self.world = world
+        self.options: dict[str, Any] = {"devices": devices, "kept": kept}
+        session = world.kernel.create_session("vm")
+        try:
+            old = Running(lambda pipe: self.vmm(pipe).preserve_only(session))
+            heard = old.heard("preserved")
+            assert heard["dma"]
+            self.fields = heard["resources"]
+        finally:
+            os.close(session)
+        world.kernel.load(KexecImage(world.image, None, CMDLINE))
+        world.control.kexec()
+        old.buried()
+        assert world.keeper is not None
+        world.keeper.wait()
+        world.start_keeper()
+        self.session = world.kernel.retrieve_session("vm")
+        self.before = len(world.control.audit())
+
+    def vmm(self, pipe: int, points: Points = nowhere) -> EmulatedVmm:
+        return EmulatedVmm(self.world, "vm", ADDRESS, pipe, points=points, **self.options)
+
+    def restore(self, points: Points = nowhere) -> dict[str, Any] | None:
+        """Run the plans in a new process; what it says, or None when it was killed."""
+        running = Running(lambda pipe: self.vmm(pipe, points).restore_only(self.session, self.fields))
+        found = running.next_report()
+        code = running.end()
+        assert code == (0 if found else -signal.SIGKILL), code
+        return found
+
+    def judge(self, found: dict[str, Any] | None) -> None:
+        """See that everything is restored, and that nothing of it was made twice."""
+        assert found is not None
+        assert found["dma"]
+        assert found["proof"]
+        carried = self.options["devices"] == "preserve"
+        assert [len(ids) for ids in found["objects"]] == [1, 1, 1 + carried]
+        calls = self.world.control.audit()[self.before :]
+        assert [call["op"] for call in calls if call["op"] == "FINISH"] == ["FINISH"]
+        lasting = carried or self.options["kept"]
+        binds = [call for call in calls if call["op"] == "VFIO_DEVICE_BIND_IOMMUFD"]
+        assert lasting <= (len(binds) == 1), "a device that was kept open was bound twice"
+        last = [call for call in calls if call["op"] == "IOMMU_IOAS_ALLOC"][-1]["file"]
+        for op in ONCE[self.options["devices"]]:
+            # Without a keeper and a session that hold it, every process has an iommufd of its own.
+            made = [call for call in calls if call["op"] == op and call["file"] in (last, "vfio0")]
+            made = made if lasting else made[-1:]
+            assert len(made) == 1, (op, made)
+
+
+@contextmanager
+def arrival(directory: Path, devices: str, kept: bool) -> Iterator[Arrival]:
+    handlers = (PLUGIN,) if devices == "preserve" else ()
+    with new_world(directory / "state", boot=False, handlers=handlers, devices=DEVICES) as world:
+        world.start_keeper()
+        made = Arrival(world, devices, kept)
+        try:
+            yield made
+        finally:
+            os.close(made.session)
+
+
+def first_times(trace: Path) -> Points:
+    """Points that kill this process at each of them that no process has reached before."""
+
+    def reached(key: str, stage: str) -> None:
+        name = f"{key}:{stage}"
+        if name not in trace.read_text().splitlines():
+            with trace.open("a") as file:
+                file.write(name + "\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return reached
+
+
+@pytest.fixture(autouse=True)
+def few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe asks for every id that a plan may have made, and each of these calls goes to another process and back here."""
+    monkeypatch.setattr("luod.devices.steps.OBJECT_IDS", range(1, 12))
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(
+    ("devices", "kept"),
+    [
+        ("preserve", False),
+        ("reattach", True),
+        pytest.param("preserve", True, marks=pytest.mark.lab),
+        pytest.param("reattach", False, marks=pytest.mark.lab),
+    ],
+)
+def test_a_walk_of_deaths(disk_path: Path, devices: str, kept: bool) -> None:
+    with arrival(disk_path, devices, kept) as arrived:
+        trace = disk_path / "deaths"
+        trace.touch()
+        found = None
+        while found is None:
+            found = arrived.restore(first_times(trace))
+        arrived.judge(found)
+        names = trace.read_text().splitlines()
+        steps = [f"{one['token']}/{step['step']}" for one in arrived.fields for step in one["plan"]]
+        for step in steps:
+            stages = {name.rpartition(":")[2] for name in names if name.startswith(f"vm/plan/{step}:")}
+            # What was made and not recorded is believed when its probe finds it, so that it has no outcome to die after; and memory
+            # that the process itself has mapped is its own, so that it has no process to change.
+            call = set() if "change_process" in step else {"after_call"}
+            assert stages >= {"before_intent", "after_intent", *call}, (step, stages)
+
+
+def planned(devices: str) -> list[str]:
+    from emulated_vmm import one_device
+
+    from luod.devices.guest import plans
+
+    found = plans(one_device(ADDRESS), devices)  # type: ignore[arg-type]
+    return [f"{one.token}/{step.step}" for one in found for step in one.plan]
+
+
+@pytest.mark.lab
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("devices", "kept", "step"),
+    [(devices, kept, step) for devices, kept in MODES for step in planned(devices)],
+)
+def test_one_death(disk_path: Path, devices: str, kept: bool, step: str, stage: str) -> None:
+    with arrival(disk_path, devices, kept) as arrived:
+        points = injector(f"vm/plan/{step}:{stage}", disk_path / "trace")
+        assert arrived.restore(points) is None, "it was to die there"
+        arrived.judge(arrived.restore(points))
