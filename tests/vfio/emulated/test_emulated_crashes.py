@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from luod_world import CMDLINE, World, new_world
 from passthrough_host import PLUGIN
 
 from luod.engine.points import STAGES, Points, injector, nowhere
-from luod.engine.ports import KexecImage
+from luod.engine.ports import Absent, Done, KexecImage
 
 ADDRESS = "0000:00:04.0"
 DEVICES = (f"vfio0,bdf={ADDRESS}",)
@@ -168,3 +168,39 @@ def test_one_death(disk_path: Path, devices: str, kept: bool, step: str, stage: 
         points = injector(f"vm/plan/{step}:{stage}", disk_path / "trace")
         assert arrived.restore(points) is None, "it was to die there"
         arrived.judge(arrived.restore(points))
+
+
+def nowhere_to_be_found(_self: object, _args: object) -> Absent:
+    return Absent()
+
+
+def always_there(_self: object, _args: object) -> Done:
+    return Done({})
+
+
+@pytest.mark.parametrize(
+    ("devices", "kept", "step", "broken", "lie"),
+    [
+        ("preserve", False, "0x20/iommufd.ioas_alloc", "SpaceSteps.ioas_there", nowhere_to_be_found),
+        ("preserve", False, "0x30/vfio.bind", "DeviceSteps.bound", nowhere_to_be_found),
+        ("preserve", False, "0x30/iommufd.hwpt_alloc", "SpaceSteps.hwpt_there", nowhere_to_be_found),
+        ("preserve", False, "0x30/vfio.trigger#MSI", "DeviceSteps.irqs_on", always_there),
+        ("reattach", True, "0x30/vfio.bind", "SpaceSteps.had", nowhere_to_be_found),
+    ],
+)
+def test_a_probe_that_lies_is_noticed(
+    disk_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    devices: str,
+    kept: bool,
+    step: str,
+    broken: str,
+    lie: Callable[[object, object], Done | Absent],
+) -> None:
+    """One death after the call, and a process that is told wrong about what the dead one has left."""
+    with arrival(disk_path, devices, kept) as arrived:
+        points = injector(f"vm/plan/{step}:after_call", disk_path / "trace")
+        assert arrived.restore(points) is None
+        monkeypatch.setattr(f"luod.devices.steps.{broken}", lie)
+        with pytest.raises(AssertionError):
+            arrived.judge(arrived.restore(points))
