@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ class Arrival:
 
     def __init__(self, world: World, devices: str, kept: bool) -> None:
         self.world = world
-        self.options: dict[str, Any] = {"devices": devices, "kept": kept}
+        journal = Path(tempfile.mkdtemp(dir=world.dir)) / "journal.db"
+        self.options: dict[str, Any] = {"devices": devices, "kept": kept, "journal": journal}
+        if kept and world.keeper is None:
+            world.start_keeper()
         session = world.kernel.create_session("vm")
         try:
             old = Running(lambda pipe: self.vmm(pipe).preserve_only(session))
@@ -51,9 +55,9 @@ class Arrival:
         world.kernel.load(KexecImage(world.image, None, CMDLINE))
         world.control.kexec()
         old.buried()
-        assert world.keeper is not None
-        world.keeper.wait()
-        world.start_keeper()
+        if world.keeper is not None:
+            world.keeper.wait()
+            world.start_keeper()
         self.session = world.kernel.retrieve_session("vm")
         self.before = len(world.control.audit())
 
@@ -89,15 +93,21 @@ class Arrival:
 
 
 @contextmanager
-def arrival(directory: Path, devices: str, kept: bool) -> Iterator[Arrival]:
+def arrivals(directory: Path, devices: str, kept: bool) -> Iterator[Callable[[], Arrival]]:
+    """Make arrivals, one after the other, on one machine."""
     handlers = (PLUGIN,) if devices == "preserve" else ()
-    with new_world(directory / "state", boot=False, handlers=handlers, devices=DEVICES) as world:
-        world.start_keeper()
-        made = Arrival(world, devices, kept)
-        try:
-            yield made
-        finally:
-            os.close(made.session)
+    with (
+        new_world(directory / "state", boot=False, handlers=handlers, devices=DEVICES) as world,
+        ExitStack() as stack,
+    ):
+
+        def arrive() -> Arrival:
+            stack.close()
+            made = Arrival(world, devices, kept)
+            stack.callback(os.close, made.session)
+            return made
+
+        yield arrive
 
 
 def first_times(trace: Path) -> Points:
@@ -130,7 +140,8 @@ def few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_a_walk_of_deaths(disk_path: Path, devices: str, kept: bool) -> None:
-    with arrival(disk_path, devices, kept) as arrived:
+    with arrivals(disk_path, devices, kept) as arrive:
+        arrived = arrive()
         trace = disk_path / "deaths"
         trace.touch()
         found = None
@@ -158,16 +169,17 @@ def planned(devices: str) -> list[str]:
 
 @pytest.mark.lab
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("devices", "kept", "step"),
     [(devices, kept, step) for devices, kept in MODES for step in planned(devices)],
 )
-def test_one_death(disk_path: Path, devices: str, kept: bool, step: str, stage: str) -> None:
-    with arrival(disk_path, devices, kept) as arrived:
-        points = injector(f"vm/plan/{step}:{stage}", disk_path / "trace")
-        assert arrived.restore(points) is None, "it was to die there"
-        arrived.judge(arrived.restore(points))
+def test_one_death(disk_path: Path, devices: str, kept: bool, step: str) -> None:
+    with arrivals(disk_path, devices, kept) as arrive:
+        for stage in STAGES:
+            arrived = arrive()
+            points = injector(f"vm/plan/{step}:{stage}", disk_path / stage)
+            assert arrived.restore(points) is None, f"it was to die {stage}"
+            arrived.judge(arrived.restore(points))
 
 
 def nowhere_to_be_found(_self: object, _args: object) -> Absent:
@@ -198,7 +210,8 @@ def test_a_probe_that_lies_is_noticed(
     lie: Callable[[object, object], Done | Absent],
 ) -> None:
     """One death after the call, and a process that is told wrong about what the dead one has left."""
-    with arrival(disk_path, devices, kept) as arrived:
+    with arrivals(disk_path, devices, kept) as arrive:
+        arrived = arrive()
         points = injector(f"vm/plan/{step}:after_call", disk_path / "trace")
         assert arrived.restore(points) is None
         monkeypatch.setattr(f"luod.devices.steps.{broken}", lie)
