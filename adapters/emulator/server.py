@@ -14,7 +14,7 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..liveupdate import abi
@@ -327,6 +327,8 @@ class KernelServer:
         self._seen(wire.peer_pid(sock), sock)
         answer = Answer()
         try:
+            if self.machine.panic:
+                raise Refused(errno.ENXIO)
             path = sock.recv(wire.MAX_MESSAGE, socket.MSG_DONTWAIT).decode("utf-8", "replace")
             given = self._files.publish(self.machine.board.open(path))
             answer = Answer(given=given)
@@ -352,13 +354,19 @@ class KernelServer:
             buf = data[wire.REQUEST.size :]
             if magic == wire.MAGIC and len(buf) == length and len(fds) == 1 + attached:
                 device = None if channel.opened is None else device_calls.request_of(buf, attached)
-                if (device is not None) == (channel.opened is not None) and (device or attached <= 1):
-                    reply = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
-                    files = [self._files.file(fd) for fd in fds[1:]]
-                    if device is None:
-                        return Call(channel, request, buf, reply, files[0] if files else None, pid)
+                reply = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET, 0, fileno=fds[0])
+                files = [self._files.file(fd) for fd in fds[1:]]
+                call = Call(channel, request, buf, reply, files[0] if files else None, pid)
+                if device is not None:
                     named = {at: file for at, file in zip(device.fds, files, strict=True) if file is not None}
-                    return Call(channel, request, buf, reply, None, pid, device=device, files=named)
+                    return replace(call, file=None, device=device, files=named)
+                if attached <= 1:
+                    return call
+                for file in files:
+                    if file is not None:
+                        file.close()
+                reply.close()
+                return None
         for fd in fds:
             os.close(fd)
         return None
@@ -439,12 +447,14 @@ class KernelServer:
         return Answer(0, body, -1 if file is None else file.fileno())
 
     def _run_device_file(self, call: Call, opened: OpenFile) -> Answer:
+        if call.device is None:
+            raise Refused(errno.ENOTTY)  # an ioctl of another kind of file
         files, call.files = call.files, {}
         fault = self.machine.faults.match("device", op=call.operation)
-        if fault is not None or call.device is None:
+        if fault is not None:
             for file in files.values():
                 file.close()
-            raise Refused(fault.errno if fault else errno.EINVAL)
+            raise Refused(fault.errno)
         code, reply = device_calls.run(opened, call.device, files)
         if code:
             return Answer(code, device_calls.encode(reply))

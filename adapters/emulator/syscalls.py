@@ -124,7 +124,7 @@ class EmulatedSyscalls:
         )
 
     def is_session(self, fd: int) -> bool:
-        """Look at who made the other end of the socket: a session's is the emulator's own."""
+        """Look at who made the other end of the socket: a session's is the emulator's own. A device file answers as one that is none."""
         with wire.connect(self._directory, wire.CONTROL_SOCKET, socket.SOCK_STREAM) as control:
             kernel = _peer(control.fileno())
         return kernel is not None and _peer(fd) == kernel

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from passthrough_host import DEVICES, IOVA, Host, refused, short, signalled, started
+from passthrough_host import DEVICES, IOVA, RAM, SIZE, Host, refused, short, signalled, started
 
 from luod.adapters.emulator.pci_function import IDENTIFICATION, DeviceOption
 from luod.adapters.emulator.process import Emulator
@@ -301,6 +301,54 @@ def test_the_audit_says_what_was_done_to_what(host: Host) -> None:
     (mapped,) = host.calls("IOMMU_IOAS_MAP_FILE")
     assert (mapped["file"], mapped["argument"]["iova"]) == ("iommufd1", IOVA)
     assert not host.calls("VFIO_DEVICE_GET_INFO")
+
+
+def test_nothing_stays_open_in_the_kernel(host: Host) -> None:
+    """Its descriptors are as many after guests have come, gone through a reboot, been finished and ended."""
+
+    def count() -> int:
+        host.control.state()
+        return len(os.listdir(f"/proc/{host.emulator.pid}/fd"))
+
+    before = count()
+    session = host.carried()
+    own, device = host.retrieved_iommufd(session), host.retrieved_device(session)
+    device.bind(own.fd)
+    host.restore_hwpt(own)
+    device.set_irqs(abi.MSI, [host.eventfd()])
+    ioas = own.alloc_ioas()
+    own.map_file(ioas, host.retrieve(session, RAM), 0, SIZE, IOVA)
+    device.attach(ioas)
+    with refused(errno.EINVAL):
+        device.set_irqs(abi.INTX, [host.eventfd()])
+    host.kernel.finish(session)
+    host.fresh()
+    assert count() == before
+    host.carried()  # nobody retrieves anything of it
+    host.fresh()
+    host.jump()
+    host.guest()
+    host.fresh()
+    assert count() == before
+
+
+def test_calls_of_another_kind_of_file(host: Host) -> None:
+    iommufd, session = host.iommufd(), host.session()
+    with refused(errno.ENOTTY):
+        host.kernel.session_name(iommufd.fd)
+    with refused(errno.ENOTTY):
+        host.kernel.preserve_fd(iommufd.fd, 1, host.memory())
+    with refused(errno.EINVAL):
+        host.raw(session, 0x3B81, bytearray(12))
+    pipe, other = os.pipe()
+    host.own(pipe), host.own(other)
+    with refused(errno.ENOTTY):
+        host.raw(pipe, 0x3B81, bytearray(12))
+    with refused(errno.EBADF):
+        host.raw(9999, 0x3B81, bytearray(12))
+    for call in (lambda: host.files.pread(iommufd.fd, 4, 0), lambda: host.files.pwrite(iommufd.fd, b"x", 0)):
+        with refused(errno.EINVAL):
+            call()
 
 
 def test_options() -> None:
