@@ -31,10 +31,14 @@ class IommuFault(Exception):
 
 @dataclass(eq=False)
 class Memory:
-    """A memfd as mapped: a descriptor of our own, and the seals it had at that moment."""
+    """A file as mapped: a descriptor of our own, and the seals it had at that moment.
+
+    `pinnable` is False for what is no memfd, or too short: the kernel sees that when it first pins pages.
+    """
 
     fd: int
     seals: int = 0
+    pinnable: bool = True
 
     @property
     def identity(self) -> tuple[int, int]:
@@ -44,7 +48,7 @@ class Memory:
 
     def share(self) -> Memory:
         """Return another reference."""
-        return Memory(os.dup(self.fd), self.seals)
+        return Memory(os.dup(self.fd), self.seals, self.pinnable)
 
     def close(self) -> None:
         """Drop the reference."""
@@ -76,28 +80,46 @@ class AddressSpace:
     areas: list[Area] = field(default_factory=list[Area])
     immutable: bool = False
     """Preserved, or restored: nothing may be changed."""
+    tables: int = 0
+    """Page tables over it. The first one brings the limits of the IOMMU, and pins what is mapped."""
+
+    @property
+    def alignment(self) -> int:
+        """What addresses and lengths must be multiples of."""
+        return PAGE if self.tables else 1
+
+    def add_table(self) -> None:
+        """Make a page table over it: EADDRINUSE for a mapping out of the IOMMU's reach, EINVAL for one of no memory."""
+        for area in self.areas:
+            if not _reachable(area.iova, area.last):
+                raise Refused(errno.EADDRINUSE)
+            if area.memory is not None and not area.memory.pinnable:
+                raise Refused(errno.EINVAL)
+        self.tables += 1
 
     def map(self, iova: int | None, length: int, flags: int, memory: Memory | None, start: int = 0) -> int:
         """Map and return where; `iova` is None for anywhere. The address space owns `memory` from then on."""
         if self.immutable:
             raise Refused(proposed.IMMUTABLE_ERRNO)
-        if not length or length % PAGE or start % PAGE:
+        if not length or length % self.alignment:
             raise Refused(errno.EINVAL)
         if iova is None:
             iova = self._find(length)
         else:
             self._check_place(iova, length)
+        if self.tables and memory is not None and not memory.pinnable:
+            raise Refused(errno.EINVAL)
         self.areas.append(Area(iova, length, flags, memory, start))
         self.areas.sort(key=lambda area: area.iova)
         return iova
 
     def _check_place(self, iova: int, length: int) -> None:
-        if iova % PAGE:
+        if iova % self.alignment:
             raise Refused(errno.EINVAL)
         if iova + length - 1 > TOP:
             raise Refused(errno.EOVERFLOW)
         last = iova + length - 1
-        if last > APERTURE or (iova <= RESERVED[1] and last >= RESERVED[0]):
+        if self.tables and not _reachable(iova, last):
             raise Refused(errno.EINVAL)
         if any(area.iova <= last and area.last >= iova for area in self.areas):
             raise Refused(errno.EEXIST)
@@ -175,7 +197,7 @@ class AddressSpace:
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return what may be mapped: first and last address of each range."""
-        return [(0, RESERVED[0] - 1), (RESERVED[1] + 1, APERTURE)]
+        return [(0, RESERVED[0] - 1), (RESERVED[1] + 1, APERTURE)] if self.tables else [(0, TOP)]
 
     def close(self) -> None:
         """Drop every mapping."""
@@ -183,3 +205,7 @@ class AddressSpace:
             if area.memory is not None:
                 area.memory.close()
         self.areas.clear()
+
+
+def _reachable(first: int, last: int) -> bool:
+    return last <= APERTURE and (last < RESERVED[0] or first > RESERVED[1])

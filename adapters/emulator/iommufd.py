@@ -19,9 +19,9 @@ from .. import proposed
 from ..cstruct import CStruct
 from ..iommufd import abi
 from ..memfd import F_GET_SEALS
-from .address_space import FIXED_IOVA, PAGE, READABLE, TOP, WRITEABLE, AddressSpace, Area, Memory
+from .address_space import FIXED_IOVA, READABLE, TOP, WRITEABLE, AddressSpace, Area, Memory
 from .handlers import Refused
-from .memfd_files import TMPFS_MAGIC, Descriptor, filesystem_magic
+from .memfd_files import TMPFS_MAGIC, filesystem_magic
 from .open_file import DeviceCall
 
 _MAP_FLAGS = FIXED_IOVA | WRITEABLE | READABLE
@@ -198,6 +198,7 @@ class IommufdFile:
         return self._new_hwpt(found, device, automatic=True)
 
     def _new_hwpt(self, ioas: Ioas, device: Bound, *, automatic: bool = False) -> Hwpt:
+        ioas.space.add_table()
         hwpt = Hwpt(0, ioas.space, translates=device.translated, automatic=automatic)
         hwpt.id = self.add(hwpt)
         return hwpt
@@ -205,8 +206,8 @@ class IommufdFile:
     def drop_user(self, hwpt: Hwpt, device: Bound) -> None:
         """A device does not use a page table any more."""
         hwpt.users.discard(device)
-        if hwpt.automatic and not hwpt.users:
-            self.objects.pop(hwpt.id, None)
+        if hwpt.automatic and not hwpt.users and self.objects.pop(hwpt.id, None) is not None:
+            hwpt.space.tables -= 1
 
     def reclaimed(self) -> bool:
         """Whether every page table that came was made an object of, and no device uses one of them any more."""
@@ -227,6 +228,7 @@ class IommufdFile:
         if isinstance(found, Hwpt):
             if found.users or found.preserved:
                 raise Refused(errno.EBUSY)
+            found.space.tables -= 1
         elif any(hwpt.space is found.space for hwpt in self.hwpts()):
             raise Refused(errno.EBUSY)
         else:
@@ -250,7 +252,7 @@ class IommufdFile:
             piece = abi.S_IOVA_RANGE.pack(start=start, last=last)
             memory[index * len(piece) : (index + 1) * len(piece)] = piece
         struct.put(argument, "num_iovas", len(found))
-        struct.put(argument, "out_iova_alignment", PAGE)
+        struct.put(argument, "out_iova_alignment", space.alignment)
         if room < len(found):
             call.give(argument)  # how many there are is told together with the refusal
             raise Refused(errno.EMSGSIZE)
@@ -283,7 +285,7 @@ class IommufdFile:
         space = self.ioas(values["ioas_id"]).space
         if values["start"] + values["length"] > TOP:
             raise Refused(errno.EOVERFLOW)
-        memory = _memfd(call, struct.offsets["fd"], values["start"] + values["length"])
+        memory = _file(call, struct.offsets["fd"], values["start"] + values["length"])
         place = values["iova"] if values["flags"] & FIXED_IOVA else None
         try:
             iova = space.map(place, values["length"], values["flags"], memory, values["start"])
@@ -314,18 +316,15 @@ class IommufdFile:
     def _hwpt_alloc(self, _call: DeviceCall, argument: bytearray) -> None:
         struct = abi.S_HWPT_ALLOC
         values = struct.unpack(argument)
-        known = abi.HWPT_ALLOC_NEST_PARENT | abi.HWPT_ALLOC_DIRTY_TRACKING
-        if values["flags"] & ~known or values["__reserved"] or values["__reserved2"]:
+        if values["__reserved"] or values["__reserved2"]:
             raise Refused(errno.EOPNOTSUPP)
         device = self.objects.get(values["dev_id"])
         if not isinstance(device, Device):
             raise Refused(errno.ENOENT)
         parent = self.objects.get(values["pt_id"])
-        if parent is None:
-            raise Refused(errno.ENOENT)
         if not isinstance(parent, Ioas):
             raise Refused(errno.EINVAL)
-        if values["data_type"] or values["data_len"] or values["flags"] & known:
+        if values["data_type"] or values["data_len"] or values["flags"]:
             raise Refused(errno.EOPNOTSUPP)  # no nesting and no dirty tracking in this IOMMU
         struct.put(argument, "out_hwpt_id", self._new_hwpt(parent, device.bound).id)
 
@@ -376,6 +375,7 @@ class IommufdFile:
         if one.bdfs - bound.keys():
             raise Refused(errno.ENODEV)
         one.reclaimed = True
+        one.space.tables += 1
         one.hwpt = Hwpt(0, one.space, restored=True)
         one.hwpt.id = self.add(one.hwpt)
         for bdf in one.bdfs:
@@ -385,17 +385,16 @@ class IommufdFile:
         struct.put(argument, "pt_id", one.hwpt.id)
 
 
-def _memfd(call: DeviceCall, offset: int, end: int) -> Memory:
-    """Return a reference of its own on a memfd of the caller: EBADF, and EINVAL for any other file or one that is too short."""
+def _file(call: DeviceCall, offset: int, end: int) -> Memory:
+    """Return a reference of its own on a file of the caller, up to byte `end` of it; EBADF."""
     file = call.files.get(offset)
     if file is None:
         raise Refused(errno.EBADF)
-    if not isinstance(file, Descriptor):
-        raise Refused(errno.EINVAL)
-    facts = os.fstat(file.fd)
-    if not stat.S_ISREG(facts.st_mode) or filesystem_magic(file.fd) != TMPFS_MAGIC or end > facts.st_size:
-        raise Refused(errno.EINVAL)
-    return Memory(os.dup(file.fd), fcntl.fcntl(file.fd, F_GET_SEALS))
+    fd = file.fileno()
+    facts = os.fstat(fd)
+    if not stat.S_ISREG(facts.st_mode) or filesystem_magic(fd) != TMPFS_MAGIC or end > facts.st_size:
+        return Memory(os.dup(fd), pinnable=False)
+    return Memory(os.dup(fd), fcntl.fcntl(fd, F_GET_SEALS))
 
 
 def _copy_into(target: AddressSpace, place: int | None, pieces: list[Area], length: int, flags: int) -> int:

@@ -34,8 +34,8 @@ PM_CONTROL = PM + 4
 D0, D3HOT = 0, 3
 
 INTX, MSI, MSIX, ERR, REQ = range(5)
-IRQ_COUNTS = {INTX: 1, MSI: 1, MSIX: 0, ERR: 0, REQ: 1}
-"""Interrupts by index, as VFIO counts them: this function is conventional PCI, so that it reports no errors."""
+IRQ_COUNTS = {INTX: 1, MSI: 1, MSIX: 0, ERR: 1, REQ: 1}
+"""Interrupts by index, as VFIO counts them."""
 
 
 @dataclass(frozen=True)

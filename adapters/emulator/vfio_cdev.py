@@ -224,7 +224,7 @@ class CdevFile:
         struct = abi.S_IRQ_INFO
         argument = _short(call, struct.size, struct.size)
         index = struct.get(argument, "index")
-        if index >= IRQS or index == 3:  # errors are reported by PCI Express functions only
+        if index >= IRQS:
             raise Refused(errno.EINVAL)
         flags = abi.IRQ_EVENTFD
         flags |= (
@@ -245,7 +245,7 @@ class CdevFile:
         flags, index, start, count = (values[name] for name in ("flags", "index", "start", "count"))
         data = flags & (_DATA_NONE | _DATA_BOOL | _DATA_EVENTFD)
         action = flags & (_MASK | _UNMASK | _TRIGGER)
-        if index >= IRQS or data not in _DATA_WIDTH or action not in (_MASK, _UNMASK, _TRIGGER):
+        if index >= IRQS or data not in _DATA_WIDTH:
             raise Refused(errno.EINVAL)
         if flags & ~(data | action) or start >= IRQ_COUNTS[index] or start + count > IRQ_COUNTS[index]:
             raise Refused(errno.EINVAL)
@@ -253,7 +253,7 @@ class CdevFile:
         if width and (not count or call.user_size() - struct.size < count * width):
             raise Refused(errno.EINVAL)
         if action != _TRIGGER:
-            if index != INTX:
+            if index != INTX or action not in (_MASK, _UNMASK):
                 raise Refused(errno.ENOTTY)
             return  # the line of this function is never masked: each signal is one
         self._trigger(call, data, index, start, count)
@@ -301,12 +301,12 @@ class CdevFile:
         known = _FEATURE_INDEX | abi.FEATURE_GET | abi.FEATURE_SET | abi.FEATURE_PROBE
         asked = flags & (abi.FEATURE_GET | abi.FEATURE_SET)
         both = asked == abi.FEATURE_GET | abi.FEATURE_SET
-        if flags & ~known or (both and not flags & abi.FEATURE_PROBE) or not flags & ~_FEATURE_INDEX:
+        if flags & ~known or (both and not flags & abi.FEATURE_PROBE):
             raise Refused(errno.EINVAL)
         index = flags & _FEATURE_INDEX
         if index not in (_LOW_POWER_ENTRY, _LOW_POWER_EXIT):
             raise Refused(errno.ENOTTY)
-        if asked & abi.FEATURE_GET:
+        if asked & abi.FEATURE_GET or not flags & ~_FEATURE_INDEX:
             raise Refused(errno.EINVAL)
         if asked and not flags & abi.FEATURE_PROBE:
             self.function.power_state = D3HOT if index == _LOW_POWER_ENTRY else D0
@@ -318,6 +318,8 @@ class CdevFile:
         if not self.bound:
             raise Refused(errno.EINVAL)
         index, place = offset >> _REGION_SHIFT, offset & (1 << _REGION_SHIFT) - 1
+        if index == abi.CONFIG and place + length > CONFIG_SIZE:
+            raise Refused(errno.EFAULT)
         if index >= REGIONS or place >= _REGION_SIZES.get(index, 0):
             raise Refused(errno.EINVAL)
         return index, place

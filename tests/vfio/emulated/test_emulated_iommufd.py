@@ -63,7 +63,6 @@ def test_flags_come_before_ids(host: Host, iommufd: Iommufd) -> None:
         (abi.IOAS_MAP_FILE, abi.S_IOAS_MAP_FILE, {"flags": 8, "ioas_id": 9, "fd": -1}, errno.EOPNOTSUPP),
         (abi.IOAS_MAP_FILE, abi.S_IOAS_MAP_FILE, {"flags": 7, "ioas_id": 9, "fd": -1}, errno.ENOENT),
         (abi.IOAS_CHANGE_PROCESS, abi.S_IOAS_CHANGE_PROCESS, {"__reserved": 1}, errno.EOPNOTSUPP),
-        (abi.HWPT_ALLOC, abi.S_HWPT_ALLOC, {"flags": 1 << 9, "dev_id": 9}, errno.EOPNOTSUPP),
         (abi.HWPT_ALLOC, abi.S_HWPT_ALLOC, {"dev_id": 9}, errno.ENOENT),
     ):
         with refused(code):
@@ -71,11 +70,21 @@ def test_flags_come_before_ids(host: Host, iommufd: Iommufd) -> None:
 
 
 def test_mapping_a_file(host: Host, iommufd: Iommufd) -> None:
-    ioas, ram = iommufd.alloc_ioas(), host.memory()
+    ioas, ram, device = iommufd.alloc_ioas(), host.memory(), host.device()
+    device.bind(iommufd.fd)
     with refused(errno.EBADF):
         iommufd.map_file(ioas, -1, 0, 4096, IOVA)
     read_end, write_end = os.pipe()
     host.own(read_end), host.own(write_end)
+    with refused(errno.EINVAL):
+        iommufd.map_file(ioas, ram, 0, 0, IOVA)
+    # Before a device needs it, what is mapped and where is not looked at.
+    for fd, iova in ((read_end, IOVA), (ram, RESERVED[0])):
+        other = iommufd.alloc_ioas()
+        iommufd.map_file(other, fd, 0, 4096, iova)
+        with refused(errno.EINVAL if fd == read_end else errno.EADDRINUSE):
+            device.attach(other)
+    device.attach(ioas)
     with refused(errno.EINVAL):
         iommufd.map_file(ioas, read_end, 0, 4096, IOVA)
     with refused(errno.EINVAL):
@@ -124,6 +133,10 @@ def test_copies_outlive_their_source(host: Host) -> None:
 
 def test_ranges_say_how_many_there_are(host: Host, iommufd: Iommufd) -> None:
     ioas = iommufd.alloc_ioas()
+    assert iommufd.iova_ranges(ioas) == (((0, TOP),), 1)
+    device = host.device()
+    device.bind(iommufd.fd)
+    device.attach(ioas)
     found = iommufd.iova_ranges(ioas)
     assert found.alignment == PAGE
     assert all(last < RESERVED[0] or first > RESERVED[1] for first, last in found.ranges)
