@@ -39,11 +39,15 @@ SIZE, IOVA, PROOF_AT = 64 * 1024, 0x100000, 0x8000
 BLOCK = 256
 
 
-def one_device(address: str, *, own_tables: bool = True) -> Guest:
+def guest_with(*addresses: str, own_tables: bool = True) -> Guest:
+    """A guest with one address space and these devices."""
     return Guest(
         (Memory(MEMORY, SIZE, "ram"),),
         (Space(SPACE, (Mapping(MEMORY, IOVA, SIZE),), own_tables=own_tables),),
-        (Device(DEVICE, address, SPACE, (Irqs(abi.MSI),)),),
+        tuple(
+            Device(f"{int(DEVICE, 16) + place:#x}", address, SPACE, (Irqs(abi.MSI),))
+            for place, address in enumerate(addresses)
+        ),
     )
 
 
@@ -59,16 +63,16 @@ class EmulatedVmm:
         *,
         devices: Devices = "preserve",
         own_tables: bool = True,
+        also: tuple[str, ...] = (),
         kept: bool = False,
         points: Points = nowhere,
         journal: Path | None = None,
     ) -> None:
         self.world = world
         self.name = name
-        self.address = address
         self.devices: Devices = devices
         self.journal = journal or world.dir / f"{name}.journal" / "journal.db"
-        self.guest = one_device(address, own_tables=own_tables)
+        self.guest = guest_with(address, *also, own_tables=own_tables)
         self._pipe = pipe
         self._points = points
         self.host = Host(
@@ -89,10 +93,10 @@ class EmulatedVmm:
 
     # -- what the device does
 
-    def copy(self, source: int, target: int) -> None:
-        """Have the device copy a block by way of its buffer, and wait for its interrupt."""
-        device = self.host.device(DEVICE, self.address)
-        eventfd = self.host.fds.own(eventfd_name(DEVICE, abi.MSI, 0))
+    def copy(self, one: Device, source: int, target: int) -> None:
+        """Have a device copy a block by way of its buffer, and wait for its interrupt."""
+        device = self.host.device(one.token, one.address)
+        eventfd = self.host.fds.own(eventfd_name(one.token, abi.MSI, 0))
         assert eventfd is not None
         for start, end, command in (
             (source, edu.BUFFER, edu.START),
@@ -104,11 +108,14 @@ class EmulatedVmm:
         os.read(eventfd, 8)
 
     def dma(self, seed: str) -> bool:
-        """Write to memory, have the device copy it, and say whether it came; the copy stays as a proof."""
-        ram, pattern = self.host.memory(MEMORY), block(seed)
-        os.pwrite(ram, pattern, 0)
-        self.copy(IOVA, IOVA + PROOF_AT)
-        return os.pread(ram, BLOCK, PROOF_AT) == pattern
+        """Write to memory, have each device copy it, and say whether it came; the copy stays as a proof."""
+        ram, pattern, good = self.host.memory(MEMORY), block(seed), True
+        for one in self.guest.devices:
+            os.pwrite(ram, pattern, 0)
+            os.pwrite(ram, bytes(BLOCK), PROOF_AT)
+            self.copy(one, IOVA, IOVA + PROOF_AT)
+            good &= os.pread(ram, BLOCK, PROOF_AT) == pattern
+        return good
 
     def proof(self, seed: str) -> bool:
         """Say whether what the device wrote last is there."""

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated_vmm import EmulatedVmm, Running
+from emulated_vmm import EmulatedVmm, Running, guest_with
 from luod_world import CMDLINE, World, new_world
 from passthrough_host import PLUGIN
 
+from luod.devices.guest import plans
 from luod.engine.points import STAGES, Points, injector, nowhere
 from luod.engine.ports import Absent, Done, KexecImage
 
-ADDRESS = "0000:00:04.0"
-DEVICES = (f"vfio0,bdf={ADDRESS}",)
+ADDRESS, SECOND = "0000:00:04.0", "0000:00:05.0"
+DEVICES = (f"vfio0,bdf={ADDRESS}", f"vfio1,bdf={SECOND}")
 ONCE = {
     "preserve": (
         "IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_HWPT_LU_RESTORE",
@@ -38,10 +39,11 @@ MODES = [(devices, kept) for devices in ("preserve", "reattach") for kept in (Tr
 class Arrival:
     """A session with a guest's memory and devices that has come through a jump, held by this process."""
 
-    def __init__(self, world: World, devices: str, kept: bool) -> None:
+    def __init__(self, world: World, devices: str, kept: bool, also: tuple[str, ...] = ()) -> None:
         self.world = world
+        self.count = 1 + len(also)
         journal = Path(tempfile.mkdtemp(dir=world.dir)) / "journal.db"
-        self.options: dict[str, Any] = {"devices": devices, "kept": kept, "journal": journal}
+        self.options: dict[str, Any] = {"devices": devices, "kept": kept, "journal": journal, "also": also}
         if kept and world.keeper is None:
             world.start_keeper()
         session = world.kernel.create_session("vm")
@@ -78,22 +80,26 @@ class Arrival:
         assert found["dma"]
         assert found["proof"]
         carried = self.options["devices"] == "preserve"
-        assert [len(ids) for ids in found["objects"]] == [1, 1, 1 + carried]
+        count = self.count
+        assert [len(ids) for ids in found["objects"]] == [1, count, count * (1 + carried)]
         calls = self.world.control.audit()[self.before :]
         assert [call["op"] for call in calls if call["op"] == "FINISH"] == ["FINISH"]
         lasting = carried or self.options["kept"]
         binds = [call for call in calls if call["op"] == "VFIO_DEVICE_BIND_IOMMUFD"]
-        assert lasting <= (len(binds) == 1), "a device that was kept open was bound twice"
+        assert lasting <= (len(binds) == count), "a device that was kept open was bound twice"
         last = [call for call in calls if call["op"] == "IOMMU_IOAS_ALLOC"][-1]["file"]
         for op in ONCE[self.options["devices"]]:
             # Without a keeper and a session that hold it, every process has an iommufd of its own.
-            made = [call for call in calls if call["op"] == op and call["file"] in (last, "vfio0")]
-            made = made if lasting else made[-1:]
-            assert len(made) == 1, (op, made)
+            made = [call for call in calls if call["op"] == op and call["file"] in (last, "vfio0", "vfio1")]
+            expected = 1 if "IOAS" in op else count
+            made = made if lasting else made[-expected:]
+            assert len(made) == expected, (op, made)
 
 
 @contextmanager
-def arrivals(directory: Path, devices: str, kept: bool) -> Iterator[Callable[[], Arrival]]:
+def arrivals(
+    directory: Path, devices: str, kept: bool, also: tuple[str, ...] = ()
+) -> Iterator[Callable[[], Arrival]]:
     """Make arrivals, one after the other, on one machine."""
     handlers = (PLUGIN,) if devices == "preserve" else ()
     with (
@@ -103,19 +109,19 @@ def arrivals(directory: Path, devices: str, kept: bool) -> Iterator[Callable[[],
 
         def arrive() -> Arrival:
             stack.close()
-            made = Arrival(world, devices, kept)
+            made = Arrival(world, devices, kept, also)
             stack.callback(os.close, made.session)
             return made
 
         yield arrive
 
 
-def first_times(trace: Path) -> Points:
-    """Points that kill this process at each of them that no process has reached before."""
+def first_times(trace: Path, among: str = "") -> Points:
+    """Points that kill this process at each of them that no process has reached before; only at those with `among` in their names."""
 
     def reached(key: str, stage: str) -> None:
         name = f"{key}:{stage}"
-        if name not in trace.read_text().splitlines():
+        if among in name and name not in trace.read_text().splitlines():
             with trace.open("a") as file:
                 file.write(name + "\n")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -158,12 +164,29 @@ def test_a_walk_of_deaths(disk_path: Path, devices: str, kept: bool) -> None:
             assert stages >= {"before_intent", "after_intent", *call}, (step, stages)
 
 
+@pytest.mark.timeout(120)
+def test_page_tables_of_two_devices_are_told_apart(disk_path: Path) -> None:
+    """Each of a process that died is found again by its place among all of them."""
+    with arrivals(disk_path, "preserve", False, (SECOND,)) as arrive:
+        arrived, found = arrive(), None
+        trace = disk_path / "deaths"
+        trace.touch()
+        while found is None:
+            found = arrived.restore(first_times(trace, "hwpt"))
+        arrived.judge(found)
+        assert len(trace.read_text().splitlines()) >= 3 * 2 * 2
+        attached = [
+            call
+            for call in arrived.world.control.audit()[arrived.before :]
+            if call["op"] == "VFIO_DEVICE_ATTACH_IOMMUFD_PT"
+        ]
+        tables = {call["file"]: call["argument"]["pt_id"] for call in attached}
+        assert tables.keys() == {"vfio0", "vfio1"}
+        assert tables["vfio0"] != tables["vfio1"]
+
+
 def planned(devices: str) -> list[str]:
-    from emulated_vmm import one_device
-
-    from luod.devices.guest import plans
-
-    found = plans(one_device(ADDRESS), devices)  # type: ignore[arg-type]
+    found = plans(guest_with(ADDRESS), devices)  # type: ignore[arg-type]
     return [f"{one.token}/{step.step}" for one in found for step in one.plan]
 
 
