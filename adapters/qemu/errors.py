@@ -169,7 +169,7 @@ _RESTORE: list[tuple[re.Pattern[str], type[RestoreFailed], str]] = [
     (re.compile(words), kind, hint)
     for words, kind, hint in (
         (
-            r"backing store|unable to map backing store",
+            r"backing store|ftruncate",
             RamMismatch,
             "QEMU must be given the memfd the guest was saved with, writable, at the size the guest was saved with",
         ),
