@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ class QemuProcess:
         self._stderr = stderr
         self._child = child
         self._status: int | None = None
+        self._lock = threading.Lock()
 
     @classmethod
     def spawn(
@@ -143,12 +145,17 @@ class QemuProcess:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the process to end, for ever without a timeout; say whether it has."""
-        if self._pidfd < 0:
-            return True
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        if not poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000):
-            return False
+        with self._lock:
+            if self._pidfd < 0:
+                return True
+            pidfd = os.dup(self._pidfd)  # another thread may let go of it meanwhile
+        try:
+            poll = select.poll()
+            poll.register(pidfd, select.POLLIN)
+            if not poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000):
+                return False
+        finally:
+            os.close(pidfd)
         if self._child is not None and self._status is None:
             self._status = self._child.wait()
         return True
@@ -175,10 +182,11 @@ class QemuProcess:
         if self._child is not None and self._status is None:
             # Popen warns of a child that nobody waited for; here that is what was asked for.
             self._child.returncode = self._child.poll() or 0
-        for fd in (self._pidfd, self._stderr):
-            if fd is not None and fd >= 0:
-                os.close(fd)
-        self._pidfd, self._stderr = -1, None
+        with self._lock:
+            for fd in (self._pidfd, self._stderr):
+                if fd is not None and fd >= 0:
+                    os.close(fd)
+            self._pidfd, self._stderr = -1, None
 
     def __enter__(self) -> QemuProcess:
         return self
@@ -192,10 +200,11 @@ class QemuProcess:
 
     def stderr_tail(self) -> str:
         """Return the end of what QEMU has written to stdout and stderr."""
-        if self._stderr is None:
-            return ""
-        size = os.fstat(self._stderr).st_size
-        tail = os.pread(self._stderr, TAIL, max(0, size - TAIL))
+        with self._lock:
+            if self._stderr is None:
+                return ""
+            size = os.fstat(self._stderr).st_size
+            tail = os.pread(self._stderr, TAIL, max(0, size - TAIL))
         return tail.decode(errors="replace").strip()
 
     def obituary(self) -> str:
