@@ -169,10 +169,10 @@ class Guest:
         wanted = [{"capability": name.replace("_", "-"), "state": state} for name, state in states.items()]
         self.ask("migrate-set-capabilities", capabilities=wanted)
 
-    def arm(self) -> None:
+    def arm(self, mode: str) -> None:
         """Set mode and capabilities for a save or load that leaves the memory where it is."""
         self.capability(x_ignore_shared=True, events=True)
-        self.ask("migrate-set-parameters", mode="cpr-reboot")
+        self.ask("migrate-set-parameters", mode=mode)
 
     def disarm(self) -> None:
         """Undo `arm`, so that an ordinary migration of the guest works as before."""

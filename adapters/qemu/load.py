@@ -7,12 +7,23 @@ import os
 import time
 from typing import Any
 
+import msgspec
+
 from ...engine.ports import Absent, Done, Intent, Json, Probe
 from . import vmstate
 from .codec import Event
-from .errors import CommandRefused, MonitorTimeout, QemuError, RestoreFailed, RestoreTimeout, restore_error
+from .errors import (
+    CommandRefused,
+    ConfigMismatch,
+    MonitorTimeout,
+    QemuError,
+    RestoreFailed,
+    RestoreTimeout,
+    restore_error,
+)
 from .guest import ENDED, LIVE
 from .operation import Operation, Stopwatch, runstate_before
+from .portrait import Portrait, differences, portrait
 
 OPAQUE = "luod.vmstate.load"
 
@@ -20,17 +31,17 @@ OPAQUE = "luod.vmstate.load"
 class Load(Operation):
     """The device state goes into a QEMU that was started with `-incoming defer` on the guest's memfds. Leaves the guest stopped.
 
-    Arguments: `runstate`, and of the result of `Save` `bytes`, `sha256` and `ram`. Result: `runstate` (now), `ms` per part.
+    Arguments: `runstate`, and of the result of `Save` `bytes`, `sha256`, `ram` and `machine`. Result: `runstate` (now), `ms` per part.
 
-    Nothing is loaded unless both parts are what was saved. A QEMU that failed cannot try again; memory is untouched by it, so another
-    one can.
+    Nothing is loaded unless both parts are what was saved and the machine is the same. A QEMU that failed cannot try again; memory is
+    untouched by it, so another one can.
     """
 
     def apply(self, intent: Intent) -> dict[str, Json]:
         """Load `guest.vmstate`.
 
-        Raises `StateCorrupt`, `RamMismatch` or `ForeignRam` before QEMU is shown anything; `RestoreFailed` and its kinds for what QEMU
-        says; `RestoreTimeout`; `VmmDied`.
+        Raises `StateCorrupt`, `RamMismatch`, `ForeignRam` or `ConfigMismatch` before QEMU is shown anything; `RestoreFailed` and its
+        kinds for what QEMU says; `RestoreTimeout`; `VmmDied`.
         """
         guest, args = self.guest, intent.args
         runstate_before(intent)
@@ -43,6 +54,7 @@ class Load(Operation):
             vmstate.require_whole_vmstate(guest.name, guest.vmstate, int(args["bytes"]), str(args["sha256"]))
             vmstate.require_own_ram(guest.name, guest.ram, args["ram"])
             guest.process.require_mapped(list(guest.ram.values()))
+            self._require_same_machine(msgspec.convert(args["machine"], Portrait))
         with watch.part("prepare"):
             number = self._prepare(guest.vmstate)
         try:
@@ -69,10 +81,17 @@ class Load(Operation):
             )
         try:
             guest.ask("stop")  # in inmigrate this means: stay stopped after the load, as -S does
-            guest.arm()
+            guest.arm("normal")
             return guest.offer(fd, os.O_RDONLY, OPAQUE)
         except CommandRefused as error:
             raise restore_error(guest.name, error.desc) from error
+
+    def _require_same_machine(self, saved: Portrait) -> None:
+        if found := differences(saved, portrait(self.guest)):
+            raise ConfigMismatch(
+                f"the QEMU that {self.guest.name} is to go on in is another machine: {'; '.join(found)}",
+                hint="start it with the command line of the old one, a versioned machine type and a CPU model by name",
+            )
 
     def _load(self, number: int) -> None:
         guest = self.guest

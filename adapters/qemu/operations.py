@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations on a guest: pause, save, abort in the old kernel; load and resume in the new one.
 
-          pause        save                 abort
-    running --> paused --> postmigrate ----------------> running
+          pause        save            abort
+    running --> paused --> postmigrate -------> running
                                |
                      (memfds preserved, kexec)
                                |           resume

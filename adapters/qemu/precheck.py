@@ -11,48 +11,22 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import msgspec
-
-from .errors import CommandRefused, VmNotUpdatable
+from .errors import VmNotUpdatable
 from .guest import Guest
+from .portrait import Portrait, portrait, qom_property
 
 _BUSY = frozenset({"inmigrate", "finish-migrate", "save-vm", "restore-vm", "colo"})
 _BACKEND = "memory-backend-file"
 
 
-class Portrait(msgspec.Struct, frozen=True):
-    """A guest as QEMU describes it: what must be the same in the next QEMU, and what is worth knowing of this one.
-
-    `devices` are the types of everything that was added by -device or device_add, sorted. Sizes in bytes.
-    """
-
-    qemu: str
-    machine: str
-    runstate: str
-    ram: dict[str, int]
-    devices: tuple[str, ...]
-
-
-def portrait(guest: Guest) -> Portrait:
-    """Describe a guest. Taken once right after the launch, it is what `precheck` compares the devices with."""
-    ask = guest.ask
-    return Portrait(
-        qemu=guest.monitor.greeting.version,
-        machine=str(_property(guest, "/machine", "type")).removesuffix("-machine"),
-        runstate=guest.runstate(),
-        ram={str(each["id"]): int(each["size"]) for each in ask("query-memdev")},
-        devices=tuple(_devices(guest)),
-    )
-
-
 def precheck(guest: Guest, *, devices: Sequence[str]) -> Portrait:
     """Return the portrait of a guest that can be carried over, or raise `VmNotUpdatable` with every reason why it cannot.
 
-    `devices` are those of the launch, from `portrait`.
+    `devices` are those of the portrait that was taken right after the launch.
     """
     now = portrait(guest)
     reasons = [
-        *_runstate(guest, now.runstate),
+        *_runstate(guest, guest.runstate()),
         *(f"QEMU says: {reason}" for reason in guest.migration().get("blocked-reasons", [])),
         *_version(guest),
         *_memory(guest),
@@ -90,13 +64,13 @@ def _memory(guest: Guest) -> Iterable[str]:
     for each in backends:
         name = str(each["id"])
         path = f"/objects/{name}"
-        kind = _property(guest, path, "type")
+        kind = qom_property(guest, path, "type")
         if kind != _BACKEND:
             yield f"memory {name} is {kind}, whose pages QEMU copies; only {_BACKEND} stays in place"
             continue
         if not each["share"]:
             yield f"memory {name} has share=off: what the guest writes is not in the memfd"
-        if _property(guest, path, "discard-data"):
+        if qom_property(guest, path, "discard-data"):
             yield f"memory {name} has discard-data=on: QEMU destroys it when it ends"
         if name not in guest.ram:
             yield f"memory {name} is not in a memfd of ours; was it plugged in later?"
@@ -136,21 +110,3 @@ def _disks(blocks: Iterable[Mapping[str, Any]]) -> Iterable[str]:
             yield f"disk {name} has cache=unsafe: what the host has not written yet is lost by a kexec"
         if str(inserted["file"]).startswith(("/var/tmp/vl.", "/tmp/vl.")):
             yield f"disk {name} has snapshot=on: its changes are in a file that QEMU has deleted already"
-
-
-def _devices(guest: Guest) -> list[str]:
-    found: list[str] = []
-    for path in ("/machine/peripheral", "/machine/peripheral-anon"):
-        try:
-            children = guest.ask("qom-list", path=path)
-        except CommandRefused:
-            continue
-        for each in children:
-            kind = str(each["type"])
-            if kind.startswith("child<") and kind.endswith(">"):
-                found.append(kind[len("child<") : -1])
-    return sorted(found)
-
-
-def _property(guest: Guest, path: str, name: str) -> Any:
-    return guest.ask("qom-get", path=path, property=name)

@@ -23,7 +23,7 @@ from types import TracebackType
 
 import msgspec
 
-from .errors import LaunchFailed, NotThatQemu, RamMismatch, restore_error
+from .errors import LaunchFailed, NotThatQemu, RamMismatch, VmmDied, restore_error
 from .monitor import Monitor
 
 TAIL = 4096
@@ -233,7 +233,10 @@ class QemuProcess:
                 check=self._check_peer,
                 name=f"QEMU {self.pid}",
             )
-        except LaunchFailed:
+        except (LaunchFailed, VmmDied):
+            # It listens before it opens the memory, so it may also end with the conversation begun.
+            if self.alive():
+                raise
             failure = restore_error("its memory", self.stderr_tail())
             raise (failure if isinstance(failure, RamMismatch) else self._launch_failed()) from None
 

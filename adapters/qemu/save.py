@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`Save` and `Abort`: the device state of a guest goes into a memfd, and the guest goes on after all.
 
-Save is a migration into a file, in mode cpr-reboot and with x-ignore-shared: pages of shared, file-backed memory stay where they are,
-and what is written is some 0.3 MB of device state whatever the size of the guest (docs/devel/migration/CPR.rst). QEMU stops the guest,
-flushes and releases its disks, and leaves it in the runstate postmigrate.
+Save is a migration into a file with x-ignore-shared: pages of shared, file-backed memory stay where they are, and what is written is
+some 0.3 MB of device state whatever the size of the guest (docs/devel/migration/CPR.rst). QEMU flushes and releases the guest's disks
+and leaves it in the runstate postmigrate.
+
+The guest is stopped first and the mode is normal. In mode cpr-reboot QEMU 10.0 does not come back from a disk that cannot be flushed:
+the guest stays in finish-migrate, from where no command sets it going again. A stopped guest is saved as fast in mode normal. Only
+one that is suspended needs cpr-reboot: the mode exists for what its passthrough devices ask for.
 
 Each attempt gets a new memfd and a new fdset: QEMU truncates what it finds in an fdset, but goes on writing where the last attempt
 had ended. The fdset stays in QEMU until the guest goes on, so that whoever adopts this QEMU can have the memfd back from it.
@@ -15,6 +19,8 @@ import os
 import time
 from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from ...engine.ports import Absent, Done, Intent, Json, Probe, Unknown
 from . import vmstate
@@ -31,6 +37,7 @@ from .errors import (
 )
 from .guest import ENDED, LIVE, UNDER_WAY, Guest
 from .operation import Operation, Stopwatch, let_go_on, ran_before, runstate_before
+from .portrait import Portrait, portrait
 
 OPAQUE = "luod.vmstate "
 """What the opaque of every fdset with saved state begins with; the effect's key and attempt follow."""
@@ -40,8 +47,8 @@ _NOT_NOW = frozenset({"inmigrate", "finish-migrate", "save-vm", "restore-vm", "c
 class Save(Operation):
     """The checkpoint. Leaves the guest stopped in postmigrate and `guest.vmstate` holding the memfd, which is not preserved yet.
 
-    Arguments: `runstate`. Result: `bytes` and `sha256` of the device state, `ram` (size and sample of each memfd, which `Load` wants
-    again), `runstate` (before), `qemu` (version), `disks` flushed, `ms` per part.
+    Arguments: `runstate`. Result: `bytes` and `sha256` of the device state, `ram` (size and sample of each memfd), `machine`
+    (its portrait), `runstate` (before), `qemu` (version), `disks` flushed, `ms` per part. `Load` wants most of it again.
 
     A guest that is in postmigrate already, because an abort left it there, is not saved again: its state is still what was saved.
     """
@@ -60,33 +67,37 @@ class Save(Operation):
         watch = Stopwatch()
         with watch.part("prepare"):
             now = self.guest.runstate()
+            machine = portrait(self.guest)  # before the guest is stopped: it takes a dozen questions
             if now == "postmigrate" and self._saved_before():
-                return self._result(intent, watch)
+                return self._result(intent, watch, machine)
             if now in _NOT_NOW or now == "postmigrate":
                 raise CheckpointRefused(
                     f"{self.guest.name} cannot be saved: it is {now}",
                     hint="another migration is under way or was made; let the guest go on first",
                 )
-            fd, number = self._prepare(intent)
+            fd, number = self._prepare(intent, "cpr-reboot" if now == "suspended" else "normal")
         try:
+            with watch.part("pause"):
+                if now in LIVE:
+                    self.guest.ask("stop")
             with watch.part("migrate"):
                 self._migrate(number)
             with watch.part("postmigrate"):
                 self._await_postmigrate()
             self.guest.keep_vmstate(fd)
-            return self._result(intent, watch)
+            return self._result(intent, watch, machine)
         except BaseException as error:
             self._drop(fd, number)
             if self.guest.alive():
                 self._put_back(now, error)
             raise
 
-    def _prepare(self, intent: Intent) -> tuple[int, int]:
+    def _prepare(self, intent: Intent, mode: str) -> tuple[int, int]:
         guest = self.guest
         guest.withdraw(guest.fdsets(lambda opaque: opaque.startswith(OPAQUE)))
         fd = self._make_vmstate()
         try:
-            guest.arm()
+            guest.arm(mode)
             return fd, guest.offer(fd, os.O_WRONLY, _opaque(intent))
         except CommandRefused as error:
             os.close(fd)
@@ -122,7 +133,7 @@ class Save(Operation):
         except MonitorTimeout as error:
             raise CheckpointTimeout(error.message, hint="the guest is set going again") from error
 
-    def _result(self, intent: Intent, watch: Stopwatch) -> dict[str, Json]:
+    def _result(self, intent: Intent, watch: Stopwatch, machine: Portrait) -> dict[str, Json]:
         guest = self.guest
         fd = guest.vmstate
         assert fd is not None
@@ -136,6 +147,7 @@ class Save(Operation):
             "bytes": size,
             "sha256": sha256,
             "ram": ram,
+            "machine": msgspec.to_builtins(machine),
             "runstate": runstate_before(intent),
             "qemu": guest.monitor.greeting.version,
             "disks": _disks(guest.ask("query-block")),
@@ -216,7 +228,7 @@ class Save(Operation):
         if not self._recover(lambda opaque: opaque == mine):
             return Unknown(f"{guest.name} was saved by somebody else")
         try:
-            return Done(self._result(intent, Stopwatch()))
+            return Done(self._result(intent, Stopwatch(), portrait(guest)))
         except CheckpointFailed as error:
             return Unknown(error.message)
 

@@ -31,7 +31,7 @@ def test_a_guest_goes_on_in_another_process_and_another(rig: Rig) -> None:
         paused = rig.do("pause", runstate=before)
         assert (paused["runstate"], paused["now"]) == ("running", "paused")
         saved = rig.do("save", runstate=before)
-        assert set(saved["ms"]) == {"prepare", "migrate", "postmigrate", "check", "hash", "sample"}
+        assert set(saved["ms"]) == {"prepare", "pause", "migrate", "postmigrate", "check", "hash", "sample"}
         assert saved["bytes"] == os.fstat(rig.guest.vmstate or -1).st_size < 1 << 20
         last = rig.drain()
         next_qemu(rig)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from detached_tmpfs import limited_file
+from msgspec.structs import replace
 from qemu_rig import TIMEOUTS, Rig
 
 from luod.adapters import memfd
@@ -24,7 +25,6 @@ from luod.adapters.qemu.errors import (
 from luod.adapters.qemu.guest import UNDER_WAY
 from luod.adapters.qemu.save import Save
 from luod.adapters.qemu.vmstate import make_vmstate
-from msgspec.structs import replace
 
 pytestmark = pytest.mark.lab
 
@@ -165,7 +165,7 @@ def test_abort_ends_a_save_that_another_has_begun(rig: Rig) -> None:
     fd = make_vmstate()
     number = rig.guest.offer(fd, os.O_WRONLY, "luod.vmstate of a dead one")
     os.close(fd)
-    rig.guest.arm()
+    rig.guest.arm("normal")
     rig.guest.ask("migrate", uri=f"file:/dev/fdset/{number}")
     assert rig.guest.migration_status() in UNDER_WAY
     assert rig.do("abort", runstate="running")["runstate"] == "running"
@@ -179,8 +179,11 @@ def test_a_disk_that_cannot_be_flushed_stops_the_save(make_rig: Callable[..., Ri
     rig.start()
     rig.speak(2)
     # Nothing is flushed where nothing was written.
-    assert rig.guest.ask("human-monitor-command", command_line='qemu-io -d disk/virtio-backend "write 0 4096"') == ""
-    with pytest.raises(CheckpointFailed):
+    assert (
+        rig.guest.ask("human-monitor-command", command_line='qemu-io -d disk/virtio-backend "write 0 4096"')
+        == ""
+    )
+    with pytest.raises(CheckpointFailed, match="Input/output error"):
         rig.do("save", runstate="running")
     assert rig.guest.runstate() == "running"
     rig.speak(5)
@@ -209,12 +212,17 @@ def test_memory_that_was_written_into_the_state_is_noticed(backend: str, rig: Ri
 def test_a_guest_with_one_block_of_memory_elsewhere(make_rig: Callable[..., Rig]) -> None:
     """A second memory that is copied must not hide behind the first, which is not."""
     rig = make_rig(
-        devices=("-object", "memory-backend-ram,id=extra,size=16M", "-device", "ivshmem-plain,memdev=extra,master=on")
+        devices=(
+            "-object",
+            "memory-backend-ram,id=extra,size=16M",
+            "-device",
+            "ivshmem-plain,memdev=extra,master=on",
+        )
     )
     rig.start()
     rig.speak(2)
+    rig.guest.ram["extra"] = memfd.create("extra", 16 << 20)
     with pytest.raises(CheckpointFailed, match="stayed in place"):
-        rig.guest.ram["extra"] = memfd.create("extra", 16 << 20)
         rig.do("save", runstate="running")
     assert rig.guest.runstate() == "running"
 
@@ -233,11 +241,13 @@ def test_another_save_without_going_on_between(rig: Rig) -> None:
     rig.start()
     rig.speak(2)
     # Saved by hand, so there is no state of ours to take up again.
-    rig.guest.arm()
+    rig.guest.arm("normal")
     fd = make_vmstate()
     with rig.guest.monitor.listen() as events:
         rig.guest.ask("migrate", uri=f"file:/dev/fdset/{rig.guest.offer(fd, os.O_WRONLY, 'somebody')}")
-        events.wait({"MIGRATION"}, time.monotonic() + 30, accept=lambda event: event.data["status"] == "completed")
+        events.wait(
+            {"MIGRATION"}, time.monotonic() + 30, accept=lambda event: event.data["status"] == "completed"
+        )
     os.close(fd)
     rig.guest.await_runstate(lambda state: state == "postmigrate", 30, "postmigrate")
     with pytest.raises(CommandRefused, match="due to previous migration"):

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Portrait`: a guest's machine as QEMU describes it, and how two of them differ.
+
+QEMU loads a guest into a machine with another CPU model or one device more without a word; the guest then is dead, or finds hardware
+that it has never seen. So the machine is described when it is saved and compared before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import msgspec
+
+from .errors import CommandRefused
+from .guest import Guest
+
+
+class Portrait(msgspec.Struct, frozen=True):
+    """What must be the same in the next QEMU, besides its version.
+
+    `machine` is the versioned machine type ("pc-q35-10.0"), `devices` are the types of everything that was added by -device or
+    device_add, sorted, `cpus` the type and a digest of the features of each CPU, `ram` the size of each memory backend in bytes.
+    """
+
+    machine: str
+    cpus: tuple[str, ...]
+    devices: tuple[str, ...]
+    ram: dict[str, int]
+
+
+def portrait(guest: Guest) -> Portrait:
+    """Describe the machine of a guest. The guest may run."""
+    return Portrait(
+        machine=str(qom_property(guest, "/machine", "type")).removesuffix("-machine"),
+        cpus=tuple(_cpu(guest, str(each["qom-path"])) for each in guest.ask("query-cpus-fast")),
+        devices=tuple(sorted(_devices(guest))),
+        ram={str(each["id"]): int(each["size"]) for each in guest.ask("query-memdev")},
+    )
+
+
+def differences(saved: Portrait, now: Portrait) -> list[str]:
+    """Return in words what differs, empty if nothing does."""
+    found: list[str] = []
+    for what in ("machine", "cpus", "devices", "ram"):
+        old, new = getattr(saved, what), getattr(now, what)
+        if old != new:
+            found.append(f"{what}: {_words(old)} was saved, {_words(new)} is there")
+    return found
+
+
+def qom_property(guest: Guest, path: str, name: str) -> Any:
+    """Return a property of an object of QEMU (qom-get)."""
+    return guest.ask("qom-get", path=path, property=name)
+
+
+def _words(value: object) -> str:
+    match value:
+        case dict():
+            return ", ".join(f"{key}={each}" for key, each in sorted(value.items())) or "none"  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        case tuple():
+            return ", ".join(map(str, value)) or "none"  # pyright: ignore[reportUnknownArgumentType]
+        case _:
+            return str(value)
+
+
+def _cpu(guest: Guest, path: str) -> str:
+    kind = str(qom_property(guest, path, "type"))
+    try:
+        features = qom_property(guest, path, "feature-words")
+    except CommandRefused:
+        return kind  # CPUs of other architectures have no such property
+    return f"{kind} {hashlib.sha256(msgspec.json.encode(features, order='sorted')).hexdigest()[:12]}"
+
+
+def _devices(guest: Guest) -> list[str]:
+    found: list[str] = []
+    for path in ("/machine/peripheral", "/machine/peripheral-anon"):
+        for each in guest.ask("qom-list", path=path):
+            kind = str(each["type"])
+            if kind.startswith("child<") and kind.endswith(">"):
+                found.append(kind[len("child<") : -1])
+    return found
