@@ -243,13 +243,15 @@ class Monitor:
 
     def _read(self) -> None:
         while True:
+            how = "it hung up"
             try:
                 data = self._sock.recv(1 << 16)
             except OSError as error:
-                self._finish(self._death(error.strerror or str(error)))
-                return
+                data, how = b"", error.strerror or str(error)
             if not data:
-                self._finish(self._death("it hung up"))
+                # Asking how QEMU ended takes a while when it has not; who hangs up himself does not ask.
+                if self.over is None:
+                    self._finish(self._death(how))
                 return
             with self._changed:
                 for message in self._codec.feed(data):

@@ -46,7 +46,7 @@ def ram_hash(rig: Rig) -> str:
 
 def require_unharmed(rig: Rig, saved: dict[str, Any]) -> None:
     """Another QEMU loads the same memory and state, and the guest goes on."""
-    rig.guest.process.kill()
+    rig.processes[-1].kill()
     rig.start_incoming()
     rig.do("load", **saved)
     rig.do("resume", runstate="running")

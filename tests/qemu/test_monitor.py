@@ -222,7 +222,10 @@ def test_closing_ends_a_wait_in_another_thread(make_peer: Callable[..., Peer]) -
     def hear(peer: Peer, request: dict[str, Any], fds: list[int]) -> None:
         arrived.set()
 
-    with connect(make_peer(hear)) as monitor, ThreadPoolExecutor(1) as pool:
+    def inquest() -> str:
+        pytest.fail("nobody has died")
+
+    with connect(make_peer(hear), obituary=inquest) as monitor, ThreadPoolExecutor(1) as pool:
         asking = pool.submit(monitor.execute, "query-status", timeout_s=PATIENCE_S)
         assert arrived.wait(PATIENCE_S)
         monitor.close()

@@ -60,12 +60,17 @@ def test_last_words_are_kept_even_for_who_comes_later(socket_path: Path) -> None
         assert process.obituary().endswith("xout of luck")
         assert f"process {process.pid} was ended by SIGABRT: xxx" in process.obituary()
         assert len(process.stderr_tail()) == 4096
+    ready, ready_end = os.pipe()
+    program = f"import os, signal; os.write(2, b'first'); os.write({ready_end}, b'.'); signal.pause()"
     with (
-        QemuProcess.spawn(["sh", "-c", "echo first >&2; exec sleep 600"], socket_path) as process,
+        QemuProcess.spawn([sys.executable, "-c", program], socket_path, pass_fds=(ready_end,)) as process,
         QemuProcess.adopt(process.identity, socket_path) as adopted,
     ):
+        os.read(ready, 1)
         process.kill()
         assert "first" in adopted.obituary()
+    os.close(ready)
+    os.close(ready_end)
 
 
 def test_what_is_no_program_cannot_be_started(socket_path: Path) -> None:
