@@ -7,6 +7,7 @@ QEMU itself refuses some of what is looked for here, but late: with the guest st
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from .portrait import Portrait, portrait, qom_property
 
 _BUSY = frozenset({"inmigrate", "finish-migrate", "save-vm", "restore-vm", "colo"})
 _BACKEND = "memory-backend-file"
+_TEMPORARY = re.compile(r'/vl\.\w{6}"')  # create_tmp_file, block.c
 
 
 def precheck(guest: Guest, *, devices: Sequence[str]) -> Portrait:
@@ -106,7 +108,7 @@ def _disks(blocks: Iterable[Mapping[str, Any]]) -> Iterable[str]:
         if not inserted or inserted["ro"]:
             continue
         name = each["device"] or each.get("qdev", "?")
-        if inserted["cache"]["no-flush"]:
-            yield f"disk {name} has cache=unsafe: what the host has not written yet is lost by a kexec"
-        if str(inserted["file"]).startswith(("/var/tmp/vl.", "/tmp/vl.")):
+        if _TEMPORARY.search(str(inserted["file"])):
             yield f"disk {name} has snapshot=on: its changes are in a file that QEMU has deleted already"
+        elif inserted["cache"]["no-flush"]:
+            yield f"disk {name} has cache=unsafe: what the host has not written yet is lost by a kexec"
