@@ -216,7 +216,10 @@ def restore_error(subject: str, text: str) -> RestoreFailed:
 _CHECKPOINT: list[tuple[re.Pattern[str], str]] = [
     (re.compile(words), hint)
     for words, hint in (
-        (r"non-migratable device|blocked by", "remove that device, or use one that QEMU can migrate"),
+        (
+            r"non-migratable device|blocked by|Migration is disabled",
+            "remove that device, or use one that QEMU can migrate",
+        ),
         (r"due to previous migration", "the guest is saved already: let it go on first"),
         (
             r"fdset|matching flags",

@@ -7,7 +7,6 @@ that it has never seen. So the machine is described when it is saved and compare
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import msgspec
@@ -20,20 +19,24 @@ class Portrait(msgspec.Struct, frozen=True):
     """What must be the same in the next QEMU, besides its version.
 
     `machine` is the versioned machine type ("pc-q35-10.0"), `devices` are the types of everything that was added by -device or
-    device_add, sorted, `cpus` the type and a digest of the features of each CPU, `ram` the size of each memory backend in bytes.
+    device_add, sorted, `cpus` the type of each CPU, `ram` the size of each memory backend in bytes. `features` are the CPUID words of
+    the first CPU that are not zero, by leaf, subleaf and register; empty where the architecture has none.
     """
 
     machine: str
     cpus: tuple[str, ...]
+    features: dict[str, int]
     devices: tuple[str, ...]
     ram: dict[str, int]
 
 
 def portrait(guest: Guest) -> Portrait:
     """Describe the machine of a guest. The guest may run."""
+    cpus = [str(each["qom-path"]) for each in guest.ask("query-cpus-fast")]
     return Portrait(
         machine=str(qom_property(guest, "/machine", "type")).removesuffix("-machine"),
-        cpus=tuple(_cpu(guest, str(each["qom-path"])) for each in guest.ask("query-cpus-fast")),
+        cpus=tuple(str(qom_property(guest, path, "type")) for path in cpus),
+        features=_features(guest, cpus[0]),
         devices=tuple(sorted(_devices(guest))),
         ram={str(each["id"]): int(each["size"]) for each in guest.ask("query-memdev")},
     )
@@ -46,6 +49,10 @@ def differences(saved: Portrait, now: Portrait) -> list[str]:
         old, new = getattr(saved, what), getattr(now, what)
         if old != new:
             found.append(f"{what}: {_words(old)} was saved, {_words(new)} is there")
+    # A guest does not mind a feature that it has not found at boot, and a new kernel or QEMU may bring some.
+    for word, bits in saved.features.items():
+        if lost := bits & ~now.features.get(word, 0):
+            found.append(f"CPU features are missing: {word} {lost:#x}")
     return found
 
 
@@ -64,13 +71,18 @@ def _words(value: object) -> str:
             return str(value)
 
 
-def _cpu(guest: Guest, path: str) -> str:
-    kind = str(qom_property(guest, path, "type"))
+def _features(guest: Guest, path: str) -> dict[str, int]:
     try:
-        features = qom_property(guest, path, "feature-words")
+        words = qom_property(guest, path, "feature-words")
     except CommandRefused:
-        return kind  # CPUs of other architectures have no such property
-    return f"{kind} {hashlib.sha256(msgspec.json.encode(features, order='sorted')).hexdigest()[:12]}"
+        return {}  # CPUs of other architectures have no such property
+    return {
+        f"cpuid {each['cpuid-input-eax']:#x}.{each.get('cpuid-input-ecx', 0)} {each['cpuid-register']}": int(
+            each["features"]
+        )
+        for each in words
+        if each["features"]
+    }
 
 
 def _devices(guest: Guest) -> list[str]:

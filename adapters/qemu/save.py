@@ -113,15 +113,19 @@ class Save(Operation):
         with guest.monitor.listen() as events:
             try:
                 guest.ask("migrate", uri=f"file:/dev/fdset/{number}")
-                end = events.wait({"MIGRATION"}, until, accept=_is_end)
+                end = str(events.wait({"MIGRATION"}, until, accept=_is_end).data["status"])
             except CommandRefused as error:
                 raise checkpoint_refused(guest.name, error) from error
             except MonitorTimeout as error:
-                raise CheckpointTimeout(
-                    f"saving {guest.name} took more than {guest.timeouts.save_s:g} s and was cancelled",
-                    hint="is a disk of the guest stuck? The guest goes on; see `query-migrate` and QEMU's stderr",
-                ) from error
-        if end.data["status"] != "completed":
+                guest.ask("migrate_cancel")
+                end = guest.await_migration_end(guest.timeouts.cancel_s)
+                # It may have been done before the cancel came; a guest that is saved is not given up.
+                if end != "completed":
+                    raise CheckpointTimeout(
+                        f"saving {guest.name} took more than {guest.timeouts.save_s:g} s and was cancelled",
+                        hint="is a disk of the guest stuck? The guest goes on; see `query-migrate` and QEMU's stderr",
+                    ) from error
+        if end != "completed":
             raise checkpoint_failed(guest.name, str(guest.migration().get("error-desc", "")))
 
     def _await_postmigrate(self) -> None:

@@ -130,8 +130,8 @@ def test_the_memory_of_another_guest_is_not_loaded(
 
 OTHERS: dict[str, tuple[dict[str, Any], tuple[str, ...], str]] = {
     "one device more": ({}, ("-device", "virtio-rng-pci"), "devices: none was saved, virtio-rng-pci is there"),
-    "other CPU model": ({}, ("-cpu", "Nehalem"), "cpus: qemu64-x86_64-cpu .* was saved, Nehalem-x86_64-cpu"),
-    "other CPU features": ({}, ("-cpu", "qemu64,+avx2"), "cpus: qemu64-x86_64-cpu"),
+    "other CPU model": ({}, ("-cpu", "Nehalem"), "cpus: qemu64-x86_64-cpu was saved, Nehalem-x86_64-cpu is"),
+    "a CPU feature less": ({}, ("-cpu", "qemu64,-cx16"), "CPU features are missing: cpuid 0x1.0 ECX 0x2000"),
     "more CPUs": ({"cpus": 2}, (), "cpus: "),
     "other machine type": ({"machine": "pc-i440fx-10.0"}, (), "machine: pc-q35-10.0 was saved, pc-i440fx-10.0 is"),
     "less memory": ({"size": 8 << 20}, (), "ram: ram0=16777216 was saved, ram0=8388608 is there"),
@@ -148,6 +148,15 @@ def test_another_machine_is_refused_before_it_is_shown_anything(
         rig.do("load", **saved)
     assert rig.guest.migration_status() == "none"
     require_unharmed(rig, saved)
+
+
+def test_a_cpu_feature_more_is_no_matter(rig: Rig, saved: dict[str, Any]) -> None:
+    """A new kernel or QEMU may bring some, and after a kexec there is no way back."""
+    rig.start_incoming("-cpu", "qemu64,+avx2")
+    rig.do("load", **saved)
+    rig.do("resume", runstate="running")
+    rig.speak(10)
+    assert rig.log.findings == []
 
 
 WRONG_MEMORY = {
