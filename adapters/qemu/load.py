@@ -65,10 +65,6 @@ class Load(Operation):
                 )
         finally:
             guest.withdraw([number])
-        if now in LIVE:
-            raise RestoreFailed(
-                f"{guest.name} runs although it was to stay stopped", hint="start the new QEMU with -S"
-            )
         return {"runstate": now, "ms": watch.ms}
 
     def _prepare(self, fd: int) -> int:
@@ -80,7 +76,8 @@ class Load(Operation):
                 hint="each attempt needs a QEMU of its own, started with `-incoming defer -S`",
             )
         try:
-            guest.ask("stop")  # in inmigrate this means: stay stopped after the load, as -S does
+            # In inmigrate this means: stay stopped after the load, as -S does; a guest that was saved running would run at once.
+            guest.ask("stop")
             guest.arm("normal")
             return guest.offer(fd, os.O_RDONLY, OPAQUE)
         except CommandRefused as error:

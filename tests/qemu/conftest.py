@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 import tempfile
@@ -42,3 +43,15 @@ def make_rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
 @pytest.fixture
 def rig(make_rig: Callable[..., Rig]) -> Rig:
     return make_rig()
+
+
+@pytest.fixture
+def slow_rig(make_rig: Callable[..., Rig], tmp_path: Path) -> Rig:
+    """A guest with memory that must be copied into the state, 16 MiB of it, at a pace that takes more than a minute."""
+    (tmp_path / "random").write_bytes(os.urandom(16 << 20))
+    backend = f"memory-backend-file,id=extra,size=16M,mem-path={tmp_path}/random,share=off"
+    rig = make_rig(devices=("-object", backend, "-device", "ivshmem-plain,memdev=extra,master=on"))
+    rig.start()
+    rig.speak(2)
+    rig.guest.ask("migrate-set-parameters", max_bandwidth=200_000)
+    return rig

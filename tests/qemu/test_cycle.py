@@ -7,11 +7,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from qemu_rig import Rig
 
+from luod.adapters.qemu import vmstate
 from luod.adapters.qemu.errors import CheckpointRefused, ResumeFailed
 from luod.adapters.qemu.operations import operations
+from luod.adapters.qemu.portrait import portrait
 from luod.engine.ports import Absent, Done
 
 pytestmark = pytest.mark.lab
@@ -50,10 +53,34 @@ def test_save_stops_a_running_guest_by_itself(rig: Rig) -> None:
     rig.speak(3)
     saved = rig.do("save", runstate="running")
     last = rig.drain()
-    # Without -S: the load itself must keep the guest from running before it is told to.
-    rig.guest.process.kill()
-    rig.start("-incoming", "defer")
+    next_qemu(rig)
     assert rig.do("load", **saved)["runstate"] == "paused"
+    assert rig.drain() == last
+    rig.do("resume", runstate="running")
+    rig.speak(20)
+    assert rig.log.findings == []
+
+
+def test_a_guest_that_was_saved_running_does_not_run_before_it_is_told_to(rig: Rig) -> None:
+    """As another program would save it, and with a QEMU that was started without -S."""
+    rig.start()
+    rig.speak(3)
+    guest = rig.guest
+    machine = msgspec.to_builtins(portrait(guest))
+    fd = vmstate.make_vmstate()
+    guest.arm("cpr-reboot")
+    guest.ask("migrate", uri=f"file:/dev/fdset/{guest.offer(fd, os.O_WRONLY, 'somebody')}")
+    guest.await_runstate(lambda state: state == "postmigrate", 30, "postmigrate")
+    guest.keep_vmstate(fd)
+    last = rig.drain()
+    saved = {
+        "bytes": os.fstat(fd).st_size,
+        "sha256": vmstate.digest(fd),
+        "ram": vmstate.fingerprints(guest.ram),
+    }
+    guest.process.kill()
+    rig.start("-incoming", "defer")
+    assert rig.do("load", **saved, machine=machine, runstate="running")["runstate"] == "paused"
     assert rig.drain() == last
     rig.do("resume", runstate="running")
     rig.speak(20)

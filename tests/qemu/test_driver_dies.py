@@ -15,6 +15,8 @@ import msgspec
 import pytest
 from qemu_rig import Rig
 
+from luod.adapters.qemu.guest import UNDER_WAY
+
 pytestmark = pytest.mark.lab
 
 DRIVER = Path(__file__).parent / "update_driver.py"
@@ -123,12 +125,12 @@ def test_in_the_new_kernel(kind: str, stage: str, rig: Rig, drive: Drive) -> Non
     assert rig.log.findings == []
 
 
-def test_in_the_midst_of_a_save(rig: Rig, drive: Drive) -> None:
+def test_in_the_midst_of_a_save(slow_rig: Rig, disk_path: Path) -> None:
     """QEMU goes on saving without anybody; the next driver waits for it and finds the state whole."""
-    rig.start()
-    rig.speak(3)
-    rig.guest.ask("migrate-set-parameters", max_bandwidth=200_000)
+    rig, drive = slow_rig, Drive(slow_rig, disk_path)
+    rig.guest.ask("migrate-set-parameters", max_bandwidth=3_000_000)
     drive(("save", RUNNING), die_after="migrate")
+    assert rig.guest.migration_status() in UNDER_WAY
     told = drive(("save", RUNNING))
     require_adopted(told, "save", "after_call")
     saved = told["results"]["save"][3]

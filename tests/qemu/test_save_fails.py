@@ -7,7 +7,6 @@ import fcntl
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -132,18 +131,6 @@ def test_a_paused_guest_stays_paused_when_its_save_fails(rig: Rig) -> None:
     rig.do("abort", runstate="running")
     rig.speak(5)
     assert rig.log.findings == []
-
-
-@pytest.fixture
-def slow_rig(make_rig: Callable[..., Rig], tmp_path: Path) -> Rig:
-    """A guest with memory that must be copied into the state, 16 MiB of it, at a pace that takes a minute."""
-    (tmp_path / "random").write_bytes(os.urandom(16 << 20))
-    backend = f"memory-backend-file,id=extra,size=16M,mem-path={tmp_path}/random,share=off"
-    rig = make_rig(devices=("-object", backend, "-device", "ivshmem-plain,memdev=extra,master=on"))
-    rig.start()
-    rig.speak(2)
-    rig.guest.ask("migrate-set-parameters", max_bandwidth=200_000)
-    return rig
 
 
 def fast(rig: Rig) -> None:
