@@ -30,7 +30,7 @@ QUESTIONS: list[tuple[str, dict[str, Any]]] = [
     ("qom-get", {"path": "/nowhere", "property": "type"}),
     ("no-such-command", {}),
     ("migrate", {"uri": "file:/dev/fdset/77"}),
-    ("migrate", {"uri": "flie:/x"}),
+    ("migrate", {"uri": "nosuch:/x"}),
     ("migrate-set-parameters", {"mode": "cpr-nothing"}),
     ("query-status", {"more": 'than "needed" äöü \u2603'}),
 ]
