@@ -25,9 +25,9 @@ class Portrait(msgspec.Struct, frozen=True):
 
     machine: str
     cpus: tuple[str, ...]
-    features: dict[str, int]
     devices: tuple[str, ...]
     ram: dict[str, int]
+    features: dict[str, int] = {}
 
 
 def portrait(guest: Guest) -> Portrait:
