@@ -44,11 +44,8 @@ def portrait(guest: Guest) -> Portrait:
 
 def differences(saved: Portrait, now: Portrait) -> list[str]:
     """Return in words what differs, empty if nothing does."""
-    found: list[str] = []
-    for what in ("machine", "cpus", "devices", "ram"):
-        old, new = getattr(saved, what), getattr(now, what)
-        if old != new:
-            found.append(f"{what}: {_words(old)} was saved, {_words(new)} is there")
+    old, new = _words(saved), _words(now)
+    found = [f"{what}: {old[what]} was saved, {new[what]} is there" for what in old if old[what] != new[what]]
     # A guest does not mind a feature that it has not found at boot, and a new kernel or QEMU may bring some.
     for word, bits in saved.features.items():
         if lost := bits & ~now.features.get(word, 0):
@@ -61,14 +58,13 @@ def qom_property(guest: Guest, path: str, name: str) -> Any:
     return guest.ask("qom-get", path=path, property=name)
 
 
-def _words(value: object) -> str:
-    match value:
-        case dict():
-            return ", ".join(f"{key}={each}" for key, each in sorted(value.items())) or "none"  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
-        case tuple():
-            return ", ".join(map(str, value)) or "none"  # pyright: ignore[reportUnknownArgumentType]
-        case _:
-            return str(value)
+def _words(of: Portrait) -> dict[str, str]:
+    return {
+        "machine": of.machine,
+        "cpus": ", ".join(of.cpus),
+        "devices": ", ".join(of.devices) or "none",
+        "ram": ", ".join(f"{name}={size}" for name, size in sorted(of.ram.items())) or "none",
+    }
 
 
 def _features(guest: Guest, path: str) -> dict[str, int]:
