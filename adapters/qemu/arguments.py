@@ -31,52 +31,17 @@ DEFAULT_RAM = 128 << 20
 """RAM of a machine without -m, in bytes (hw/core/machine.c)."""
 _RAM_STEP = 8192
 _PAGE = 4096
+_LONGEST_ID = 64
 _OURS = frozenset({"qom-type", "id", "size", "mem-path", "share", "hugetlb", "hugetlbsize", "seal"})
 _PREALLOCATION = frozenset({"prealloc", "prealloc-threads", "prealloc-context"})
 
-_SHAPES = frozenset(
-    [
-        "device",
-        "smp",
-        "numa",
-        "global",
-        "set",
-        "nic",
-        "net",
-        "usb",
-        "usbdevice",
-        "vga",
-        "rtc",
-        "smbios",
-        "acpitable",
-        "fw_cfg",
-        "drive",
-        "hda",
-        "hdb",
-        "hdc",
-        "hdd",
-        "cdrom",
-        "fda",
-        "fdb",
-        "mtdblock",
-        "sd",
-        "pflash",
-        "serial",
-        "parallel",
-        "debugcon",
-        "virtfs",
-        "audio",
-        "soundhw",
-        "watchdog",
-        "nodefaults",
-        "nographic",
-        "icount",
-        "no-acpi",
-        "no-hpet",
-        "option-rom",
-        "tpmdev",
-    ]
-)
+_SEEN = frozenset(
+    (
+        "device", "smp", "numa", "global", "set", "nic", "net", "usb", "usbdevice", "vga", "rtc", "smbios", "acpitable", "fw_cfg",
+        "drive", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "mtdblock", "sd", "pflash", "serial", "parallel", "debugcon",
+        "virtfs", "audio", "soundhw", "watchdog", "nodefaults", "nographic", "icount", "no-acpi", "no-hpet", "option-rom", "tpmdev",
+    )
+)  # fmt: skip
 """Options that a guest can see: both QEMUs must have the same ones, in the same order."""
 
 
@@ -116,24 +81,80 @@ class Ram(msgspec.Struct, frozen=True):
         return unparse_fields(ours + extra)
 
 
+class Hardware(msgspec.Struct, frozen=True):
+    """What a command line lets the guest see, memory aside: the same in both QEMUs, or the saved state does not fit.
+
+    `cpu` is the whole value of -cpu; `options` are the options that make or change devices, in their order.
+    """
+
+    machine: str
+    properties: tuple[str, ...]
+    cpu: str
+    accelerators: tuple[str, ...]
+    options: tuple[str, ...]
+
+    @property
+    def cpu_model(self) -> str:
+        """The CPU model, without the features that are added or taken away."""
+        return self.cpu.partition(",")[0]
+
+
+class Backend(msgspec.Struct, frozen=True):
+    """A memory backend as a command line has it; `size` in bytes."""
+
+    id: str
+    kind: str
+    size: int
+    share: bool
+    path: str
+
+
+def hardware(words: Iterable[str]) -> Hardware:
+    """Return what the words behind QEMU's name let the guest see. Raises `NotACommandLine`."""
+    options = parse(list(words))
+    machine = _merged(options, "machine", "M")
+    properties = [each for each in machine if each.key not in ("type", "memory-backend", "accel")]
+    return Hardware(
+        machine=lookup(machine, "type") or "",
+        properties=tuple(sorted(str(each) for each in properties)),
+        cpu=next((one.value or "" for one in reversed(options) if one.name == "cpu"), ""),
+        accelerators=_accelerators(options, machine),
+        options=tuple(_seen(option) for option in options if option.name in _SEEN),
+    )
+
+
+def backends(words: Iterable[str]) -> list[Backend]:
+    """Return the memory backends that words behind QEMU's name make. Raises `NotACommandLine`."""
+    found: list[Backend] = []
+    for option in parse(list(words)):
+        fields = parse_fields(option.value or "", "qom-type") if option.name == "object" else []
+        kind = lookup(fields, "qom-type") or ""
+        if kind.startswith("memory-backend-"):
+            size, share = lookup(fields, "size"), lookup(fields, "share")
+            found.append(
+                Backend(
+                    id=lookup(fields, "id") or "",
+                    kind=kind,
+                    size=parse_size(size) if size else 0,
+                    share=share is not None and Field("share", share).on,
+                    path=lookup(fields, "mem-path") or "",
+                )
+            )
+    return found
+
+
 class Adapted(msgspec.Struct, frozen=True):
     """A command line that is ready for a kexec.
 
-    `words` are the arguments without the binary, with `@LUOD:ID@` where RAM goes. `cpu` is the model, `cpu_words` the whole value of
-    -cpu. `paused` says that the user wants the guest to be started stopped. `shape` are the options that the guest can see. `notes` say
-    what was changed, for the user.
+    `words` are the arguments without the binary, with `@LUOD:ID@` where RAM goes. `paused` says that the user wants the guest to be started
+    stopped. `notes` say what was changed, for the user.
     """
 
     binary: str
     words: tuple[str, ...]
     ram: tuple[Ram, ...]
-    machine: str
-    machine_properties: tuple[str, ...]
-    cpu: str
-    cpu_words: str
-    accelerators: tuple[str, ...]
+    hardware: Hardware
     paused: bool
-    shape: tuple[str, ...]
     notes: tuple[str, ...] = ()
 
     def argv(self, fds: Mapping[str, int], monitor: Path, *, incoming: bool = False) -> list[str]:
@@ -197,18 +218,8 @@ class _Adaptation:
         self.recorded = recorded
         self.found = obstacles(options, file_system)
         self.notes: list[str] = []
-        self.machine_fields = self._all("machine", "M")
-        self.memory_fields = self._all("m")
-
-    def _all(self, *names: str) -> list[Field]:
-        """Return the fields of all options of a name; QEMU merges them, and the last one counts."""
-        first = FIRST_KEYS[names[0]]
-        return [
-            field
-            for option in self.options
-            if option.name in names
-            for field in parse_fields(option.value or "", first)
-        ]
+        self.machine_fields = _merged(options, "machine", "M")
+        self.memory_fields = _merged(options, "m")
 
     def _refuse(self, option: object, why: str, advice: str) -> None:
         self.found.append(Obstacle(str(option), why, advice))
@@ -227,9 +238,6 @@ class _Adaptation:
         backend = lookup(self.machine_fields, "memory-backend")
         if backend is None and not self._numa_backends():
             backend = ram[0].id
-        properties = [
-            field for field in self.machine_fields if field.key not in ("type", "memory-backend", "accel")
-        ]
         machine_words = [Field(machine), *(each for each in self.machine_fields if each.key not in ("type", "memory-backend"))]  # fmt: skip
         if backend is not None:
             machine_words.append(Field("memory-backend", backend))
@@ -242,13 +250,8 @@ class _Adaptation:
             binary=self.binary,
             words=tuple(words),
             ram=tuple(ram),
-            machine=machine,
-            machine_properties=tuple(sorted(str(field) for field in properties)),
-            cpu=cpu_words.partition(",")[0],
-            cpu_words=cpu_words,
-            accelerators=self._accelerators(),
+            hardware=hardware(words),
             paused=any(option.name == "S" for option in self.options),
-            shape=tuple(_shape(option) for option in self.options if option.name in _SHAPES),
             notes=tuple(self.notes),
         )
 
@@ -327,8 +330,8 @@ class _Adaptation:
             self._refuse(
                 option, "readonly, pmem and discard-data do not leave RAM as it is", "leave them out"
             )
-        elif size is None:
-            self._refuse(option, "it has no size", "size=4G")
+        elif size is None or len(name.encode()) > _LONGEST_ID:
+            self._refuse(option, "it has no size, or an id of more than 64 bytes", "id=ram0,size=4G")
         else:
             count = parse_size(size)
             if count % _PAGE:
@@ -365,13 +368,29 @@ class _Adaptation:
         self.notes.append(f"CPU model {default}")
         return default
 
-    def _accelerators(self) -> tuple[str, ...]:
-        given = [lookup(parse_fields(one.value or "", "accel"), "accel") or "" for one in self.options if one.name == "accel"]  # fmt: skip
-        if any(option.name == "enable-kvm" for option in self.options):
-            given.append("kvm")
-        if not given:
-            given = (lookup(self.machine_fields, "accel") or "").split(":")
-        return tuple(filter(None, given))
+
+def _merged(options: Iterable[Option], *names: str) -> list[Field]:
+    """Return the fields of all options of a name; QEMU merges them, and the last one counts."""
+    first = FIRST_KEYS[names[0]]
+    return [
+        field
+        for option in options
+        if option.name in names
+        for field in parse_fields(option.value or "", first)
+    ]
+
+
+def _accelerators(options: Sequence[Option], machine: Sequence[Field]) -> tuple[str, ...]:
+    given = [
+        lookup(parse_fields(one.value or "", "accel"), "accel") or ""
+        for one in options
+        if one.name == "accel"
+    ]
+    if any(option.name == "enable-kvm" for option in options):
+        given.append("kvm")
+    if not given:
+        given = (lookup(machine, "accel") or "").split(":")
+    return tuple(filter(None, given))
 
 
 def _family(machine: str) -> str:
@@ -384,7 +403,7 @@ _HOST_ONLY: dict[str, Callable[[Field], bool]] = {
 }
 
 
-def _shape(option: Option) -> str:
+def _seen(option: Option) -> str:
     """Return what the guest can see of an option: a serial port, but not where its words go."""
     if option.name in ("serial", "parallel", "debugcon"):
         return f"-{option.name}{' none' if option.value == 'none' else ''}"

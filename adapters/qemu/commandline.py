@@ -14,42 +14,13 @@ import msgspec
 from ...states.errors import LuodError
 
 FLAGS = frozenset(
-    [
-        "h",
-        "help",
-        "version",
-        "snapshot",
-        "usb",
-        "no-fd-bootchk",
-        "nographic",
-        "full-screen",
-        "win2k-hack",
-        "enable-kvm",
-        "enable-fips",
-        "no-reboot",
-        "no-shutdown",
-        "daemonize",
-        "only-migratable",
-        "nodefaults",
-        "no-user-config",
-        "preconfig",
-        "S",
-        "s",
-        "xen-attach",
-        "xen-domid-restrict",
-        "mem-prealloc",
-        "perfmap",
-        "jitdump",
-        "enable-sync-profile",
-        "semihosting",
-        "async-teardown",
-        "singlestep",
-        "no-acpi",
-        "no-hpet",
-        "no-kvm",
-        "nouserconfig",
-    ]
-)
+    (
+        "h", "help", "version", "snapshot", "usb", "no-fd-bootchk", "nographic", "full-screen", "win2k-hack", "enable-kvm",
+        "enable-fips", "no-reboot", "no-shutdown", "daemonize", "only-migratable", "nodefaults", "no-user-config", "preconfig", "S", "s",
+        "xen-attach", "xen-domid-restrict", "mem-prealloc", "perfmap", "jitdump", "enable-sync-profile", "semihosting",
+        "async-teardown", "singlestep", "no-acpi", "no-hpet", "no-kvm", "nouserconfig",
+    )
+)  # fmt: skip
 """Options that take no value; every other takes the word behind it."""
 
 _UNITS = {"b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}

@@ -52,7 +52,8 @@ class Timeouts(msgspec.Struct, frozen=True):
 class Guest:
     """One guest. It owns the descriptors it is given; `close` closes them and the monitor, and leaves the process alone.
 
-    `ram` maps the id of each memory backend object (`-object memory-backend-file,id=ram0`) to its memfd.
+    `ram` maps the id of each memory backend object (`-object memory-backend-file,id=ram0`) to its memfd. The last `trailer` bytes of each
+    memfd are not the guest's: QEMU takes a file that is larger than the memory, and leaves the rest alone.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Guest:
         monitor: Monitor | None = None,
         vmstate: int | None = None,
         timeouts: Timeouts | None = None,
+        trailer: int = 0,
     ) -> None:
         self.name = name
+        self.trailer = trailer
         self.ram = dict(ram)
         self.vmstate = vmstate
         self.timeouts = timeouts or Timeouts()
@@ -124,6 +127,10 @@ class Guest:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def ram_sizes(self) -> dict[str, int]:
+        """Return the size of each memory in bytes, without what is ours at the end of its memfd."""
+        return {name: os.fstat(fd).st_size - self.trailer for name, fd in self.ram.items()}
 
     # -- questions
 

@@ -52,7 +52,7 @@ class Load(Operation):
             )
         with watch.part("check"):
             vmstate.require_whole_vmstate(guest.name, guest.vmstate, int(args["bytes"]), str(args["sha256"]))
-            vmstate.require_own_ram(guest.name, guest.ram, args["ram"])
+            vmstate.require_own_ram(guest.name, guest.ram, args["ram"], guest.trailer)
             guest.process.require_mapped(list(guest.ram.values()))
             self._require_same_machine(msgspec.convert(args["machine"], Portrait))
         with watch.part("prepare"):

@@ -6,7 +6,6 @@ QEMU itself refuses some of what is looked for here, but late: with the guest st
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -77,7 +76,7 @@ def _memory(guest: Guest) -> Iterable[str]:
         if name not in guest.ram:
             yield f"memory {name} is not in a memfd of ours; was it plugged in later?"
             continue
-        size = os.fstat(guest.ram[name]).st_size
+        size = guest.ram_sizes()[name]
         if size != each["size"]:
             yield f"memory {name} has {each['size']} bytes, and its memfd {size}"
         if not guest.process.maps_shared(guest.ram[name]):

@@ -146,7 +146,7 @@ class Save(Operation):
         with watch.part("hash"):
             sha256 = vmstate.digest(fd)
         with watch.part("sample"):
-            ram = vmstate.fingerprints(guest.ram)
+            ram = vmstate.fingerprints(guest.ram, guest.trailer)
         return {
             "bytes": size,
             "sha256": sha256,
@@ -168,7 +168,7 @@ class Save(Operation):
                 f"QEMU says that {guest.name} was saved in {sent} bytes, and the file has {size}",
                 hint="do not use this save",
             )
-        ours = {name: os.fstat(each).st_size for name, each in guest.ram.items()}
+        ours = guest.ram_sizes()
         blocks = vmstate.ram_blocks(fd)
         # In the stream is the size of all blocks, in the report that of those whose pages were written.
         skipped = blocks.total - total if blocks else 0

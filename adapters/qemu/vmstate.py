@@ -50,12 +50,12 @@ def digest(fd: int) -> str:
     return found.hexdigest()
 
 
-def sample(fd: int) -> str:
+def sample(fd: int, trailer: int = 0) -> str:
     """Return the sha256 over 256 pages spread evenly over a memfd, the first and the last among them; over all of a small one.
 
-    It takes a few milliseconds whatever the size. Holes stay holes.
+    The last `trailer` bytes are left out. It takes a few milliseconds whatever the size. Holes stay holes.
     """
-    pages = os.fstat(fd).st_size // PAGE
+    pages = (os.fstat(fd).st_size - trailer) // PAGE
     chosen = range(pages) if pages <= SAMPLES else (i * (pages - 1) // (SAMPLES - 1) for i in range(SAMPLES))
     found = hashlib.sha256(str(pages).encode())
     for page in chosen:
@@ -63,12 +63,17 @@ def sample(fd: int) -> str:
     return found.hexdigest()
 
 
-def fingerprints(ram: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Return size and sample of each memfd: what `require_own_ram` compares. The guest must be stopped."""
-    return {name: {"size": os.fstat(fd).st_size, "sample": sample(fd)} for name, fd in ram.items()}
+def fingerprints(ram: Mapping[str, int], trailer: int = 0) -> dict[str, dict[str, Any]]:
+    """Return size and sample of each memory: what `require_own_ram` compares. The guest must be stopped."""
+    return {
+        name: {"size": os.fstat(fd).st_size - trailer, "sample": sample(fd, trailer)}
+        for name, fd in ram.items()
+    }
 
 
-def require_own_ram(name: str, ram: Mapping[str, int], saved: Mapping[str, Mapping[str, Any]]) -> None:
+def require_own_ram(
+    name: str, ram: Mapping[str, int], saved: Mapping[str, Mapping[str, Any]], trailer: int = 0
+) -> None:
     """Raise `RamMismatch` or `ForeignRam` unless the memfds are those that were saved, unchanged."""
     if ram.keys() != saved.keys():
         raise RamMismatch(
@@ -76,13 +81,13 @@ def require_own_ram(name: str, ram: Mapping[str, int], saved: Mapping[str, Mappi
             hint="give each memory backend the object id it had",
         )
     for block, fd in ram.items():
-        size = os.fstat(fd).st_size
+        size = os.fstat(fd).st_size - trailer
         if size != saved[block]["size"]:
             raise RamMismatch(
                 f"{name}: memory {block} has {size} bytes, and was saved with {saved[block]['size']}",
                 hint="a preserved memfd keeps its size, so this is another one",
             )
-        if sample(fd) != saved[block]["sample"]:
+        if sample(fd, trailer) != saved[block]["sample"]:
             raise ForeignRam(
                 f"{name}: memory {block} is not what it was when the guest was saved",
                 hint="it is another guest's, or the guest has run since; do not start it: keep the memfds and look at `luoctl why`",

@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from luod.adapters.qemu.arguments import Adapted, NotAdaptable, Ram, adapt
+from luod.adapters.qemu.arguments import (
+    Adapted,
+    Backend,
+    Hardware,
+    NotAdaptable,
+    Ram,
+    adapt,
+    backends,
+    hardware,
+)
 from luod.adapters.qemu.commandline import (
     FLAGS,
     Field,
@@ -135,15 +144,14 @@ def test_a_usual_command_line() -> None:
         "-chardev", "socket,id=luod-qmp,path=/run/q,,mp,server=on,wait=off", "-mon", "chardev=luod-qmp,mode=control",
     ]  # fmt: skip
     assert found.argv({"ram0": 5}, Path("/q"), incoming=True)[-3:] == ["-incoming", "defer", "-S"]
-    assert (found.machine, found.cpu, found.accelerators) == ("pc-q35-11.1", "qemu64", ("kvm",))
-    assert found.shape == ("-drive if=virtio",)
+    assert found.hardware == Hardware("pc-q35-11.1", ("smm=off",), "qemu64", ("kvm",), ("-drive if=virtio",))
     assert not found.paused
 
 
 def test_no_words_at_all() -> None:
     found = adapted()
     assert found.ram == (Ram("ram0", 128 * MIB),)
-    assert (found.machine, found.cpu) == ("pc-i440fx-11.1", "qemu32")
+    assert (found.hardware.machine, found.hardware.cpu) == ("pc-i440fx-11.1", "qemu32")
     assert len(found.notes) == 3
 
 
@@ -185,9 +193,9 @@ def test_a_name_for_ram_that_is_free() -> None:
 
 
 def test_an_alias_means_the_machine_that_was_saved() -> None:
-    assert adapted("-machine", "q35", recorded="pc-q35-10.0").machine == "pc-q35-10.0"
-    assert adapted("-machine", "pc", recorded="pc-q35-10.0").machine == "pc-i440fx-11.1"
-    assert adapted("-machine", "pc-q35-11.1", recorded="pc-q35-10.0").machine == "pc-q35-11.1"
+    assert adapted("-machine", "q35", recorded="pc-q35-10.0").hardware.machine == "pc-q35-10.0"
+    assert adapted("-machine", "pc", recorded="pc-q35-10.0").hardware.machine == "pc-i440fx-11.1"
+    assert adapted("-machine", "pc-q35-11.1", recorded="pc-q35-10.0").hardware.machine == "pc-q35-11.1"
     with pytest.raises(MachineUnknown, match=r"pc-q35-12\.0"):
         adapted("-machine", "q35", recorded="pc-q35-12.0")
 
@@ -202,11 +210,23 @@ def test_machines_that_cannot_be_pinned() -> None:
 def test_what_the_guest_cannot_see_is_not_its_shape() -> None:
     one = adapted("-serial", "file:/a", "-display", "none", "-device", "virtio-rng-pci", "-hda", "/x")
     other = adapted("-serial", "stdio", "-vnc", ":1", "-device", "virtio-rng-pci", "-hda", "/y")
-    assert one.shape == other.shape
+    assert one.hardware == other.hardware
     for more in (("-serial", "none"), ("-device", "virtio-rng-pci"), ("-smp", "2"), ("-hdb", "/x")):
         assert (
-            adapted("-serial", "stdio", "-device", "virtio-rng-pci", "-hda", "/y", *more).shape != one.shape
+            adapted("-serial", "stdio", "-device", "virtio-rng-pci", "-hda", "/y", *more).hardware
+            != one.hardware
         )
+
+
+def test_what_is_executed_is_what_was_adapted() -> None:
+    found = adapted(
+        "-machine", "q35,accel=kvm:tcg", "-cpu", "max,-avx", "-device", "virtio-rng-pci", "-m", "64M"
+    )
+    argv = found.argv({"ram0": 7}, Path("/q"), incoming=True)
+    assert hardware(argv[1:]) == found.hardware
+    assert found.hardware.cpu_model == "max"
+    assert found.hardware.accelerators == ("kvm", "tcg")
+    assert backends(argv[1:]) == [Backend("ram0", "memory-backend-file", 64 * MIB, True, "/proc/self/fd/7")]
 
 
 def test_a_guest_that_is_started_stopped() -> None:
