@@ -143,6 +143,27 @@ def backends(words: Iterable[str]) -> list[Backend]:
     return found
 
 
+def recorded(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the words behind the name of a running QEMU as they go into a record: RAM by its mark, and without what is ours."""
+    kept: list[Option] = []
+    options = parse(words)
+    incoming = any(option.name == "incoming" for option in options)
+    for option in options:
+        fields = parse_fields(option.value or "", "qom-type") if option.name == "object" else []
+        ours = f"id={MONITOR_ID}," in f"{option.value}," or f"chardev={MONITOR_ID}," in f"{option.value},"
+        if (
+            (option.name == "S" and incoming)
+            or option.name == "incoming"
+            or (option.name in ("chardev", "mon") and ours)
+        ):
+            continue
+        if (lookup(fields, "qom-type") or "").startswith("memory-backend-"):
+            kept.append(Option("object", f"{MARK}{lookup(fields, 'id')}@"))
+        else:
+            kept.append(option)
+    return tuple(word for option in kept for word in option.words())
+
+
 class Adapted(msgspec.Struct, frozen=True):
     """A command line that is ready for a kexec.
 

@@ -71,11 +71,12 @@ class QemuProcess:
         monitor: Path,
         *,
         pass_fds: Sequence[int] = (),
+        terminal: bool = False,
     ) -> QemuProcess:
         """Start QEMU with `argv`, which must make it serve its monitor at `monitor` (`-qmp unix:PATH,server=on,wait=off`).
 
-        `pass_fds` are inherited under their own numbers. A socket left over at `monitor` is removed. QEMU lives on when this process
-        ends. Raises `LaunchFailed` when there is no such program.
+        `pass_fds` are inherited under their own numbers. With `terminal` QEMU has the stdin and stdout of this process, else none. A socket
+        left over at `monitor` is removed. QEMU lives on when this process ends. Raises `LaunchFailed` when there is no such program.
         """
         with contextlib.suppress(FileNotFoundError):
             monitor.unlink()
@@ -85,8 +86,8 @@ class QemuProcess:
             fcntl.fcntl(stderr, fcntl.F_SETFL, os.O_APPEND)
             child = subprocess.Popen(
                 list(argv),
-                stdin=subprocess.DEVNULL,
-                stdout=stderr,
+                stdin=None if terminal else subprocess.DEVNULL,
+                stdout=None if terminal else stderr,
                 stderr=stderr,
                 pass_fds=tuple(pass_fds),
             )
@@ -143,6 +144,16 @@ class QemuProcess:
         """Say whether the process still runs."""
         return not self.wait(0)
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal; a process that has ended gets none."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, number)
+
+    @property
+    def status(self) -> int | None:
+        """How it ended: its exit code, or minus the number of a signal; None while it runs, and for an adopted process."""
+        return self._status
+
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait for the process to end, for ever without a timeout; say whether it has."""
         with self._lock:
@@ -197,6 +208,10 @@ class QemuProcess:
         self.close()
 
     # -- words
+
+    def new_words(self, after: int) -> bytes:
+        """Return what QEMU has written to its stderr behind an offset in bytes."""
+        return b"" if self._stderr is None else os.pread(self._stderr, 1 << 16, after)
 
     def stderr_tail(self) -> str:
         """Return the end of what QEMU has written to stdout and stderr."""

@@ -14,7 +14,7 @@ import struct
 import msgspec
 
 from .. import memfd
-from .arguments import Hardware, Ram
+from .arguments import Hardware
 from .errors import ConfigMismatch, StateCorrupt
 from .probe import versioned
 
@@ -30,20 +30,12 @@ class RecordDamaged(StateCorrupt):
 
 
 class SavedRam(msgspec.Struct, frozen=True):
-    """One piece of RAM: its token in the session, its id, its size in bytes without the trailer, and the digest of sampled pages.
-
-    `extra` is what the user wants of its backend.
-    """
+    """One piece of RAM: its token in the session, its id, its size in bytes without the trailer, and the digest of sampled pages."""
 
     token: str
     id: str
     size: int
-    extra: tuple[str, ...]
     sample: str
-
-    def ram(self) -> Ram:
-        """Return the piece as a command line has it."""
-        return Ram(self.id, self.size, self.extra)
 
 
 class SavedState(msgspec.Struct, frozen=True):
@@ -78,14 +70,20 @@ class Record(msgspec.Struct, frozen=True):
 
 
 def make_memfd() -> int:
-    """Make the memfd for a record and return its fd. Raises `MemfdError`."""
+    """Make the memfd for a record, still without one, and return its fd. Raises `MemfdError`."""
     fd = memfd.create("luod.record", RECORD_BYTES)
     try:
+        os.pwrite(fd, _HEAD.pack(_MAGIC, 0, bytes(32)), 0)
         memfd.seal_for_preservation(fd)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def is_memfd(fd: int) -> bool:
+    """Say whether an fd is a memfd for a record, with or without one."""
+    return os.fstat(fd).st_size == RECORD_BYTES and os.pread(fd, len(_MAGIC), 0) == _MAGIC
 
 
 def write(fd: int, record: Record) -> bytes:

@@ -18,6 +18,7 @@ from luod.adapters.qemu.arguments import (
     adapt,
     backends,
     hardware,
+    recorded,
 )
 from luod.adapters.qemu.commandline import (
     FLAGS,
@@ -226,6 +227,8 @@ def test_what_is_executed_is_what_was_adapted() -> None:
     assert hardware(argv[1:]) == found.hardware
     assert found.hardware.cpu_model == "max"
     assert found.hardware.accelerators == ("kvm", "tcg")
+    assert recorded(argv[1:]) == found.words
+    assert recorded(found.argv({"ram0": 9}, Path("/a,b"))[1:]) == found.words
     assert backends(argv[1:]) == [Backend("ram0", "memory-backend-file", 64 * MIB, True, "/proc/self/fd/7")]
 
 

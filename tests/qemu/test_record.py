@@ -86,7 +86,7 @@ def save(ram: dict[str, int], record_fd: int, state: int, **changes: Any) -> tup
     record = Record(
         name="vm1", uuid=UUID, generation=3, binary="qemu", qemu="10.0.2", words=adapted.words, hardware=adapted.hardware,
         cpu_features=(), devices=("virtio-rng-pci",),
-        ram=tuple(SavedRam("0x100", name, each["size"], (), each["sample"]) for name, each in prints.items()),
+        ram=tuple(SavedRam("0x100", name, each["size"], each["sample"]) for name, each in prints.items()),
         vmstate=SavedState("0x1000", os.fstat(state).st_size, vmstate.digest(state)), runstate="running",
     )  # fmt: skip
     record = replace(record, **changes)
@@ -352,6 +352,17 @@ def test_a_record_with_a_flipped_bit_is_refused(place: int) -> None:
 def test_what_is_no_record(scene: Scene) -> None:
     with pytest.raises(RecordDamaged, match="no record"):
         records.read(scene.state)
+    assert not records.is_memfd(scene.state)
+
+
+def test_a_memfd_without_a_record_yet() -> None:
+    fd = records.make_memfd()
+    try:
+        assert records.is_memfd(fd)
+        with pytest.raises(RecordDamaged, match="sha256"):
+            records.read(fd)
+    finally:
+        os.close(fd)
 
 
 def test_a_record_of_a_later_luod(scene: Scene) -> None:
