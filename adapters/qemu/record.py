@@ -16,6 +16,7 @@ import msgspec
 from .. import memfd
 from .arguments import Hardware
 from .errors import ConfigMismatch, StateCorrupt
+from .portrait import Portrait
 from .probe import versioned
 
 RECORD_BYTES = 65536
@@ -51,7 +52,7 @@ class Record(msgspec.Struct, frozen=True):
 
     `uuid` names the guest for as long as its RAM lives, `generation` counts its freezes. `binary` and `qemu` (a version) are what it was
     saved with; `words` its command line with `@LUOD:ID@` where RAM goes. `cpu_features` are what a CPU model of the host's own (`host`,
-    `max`) meant, empty for others. `devices` are the types of all devices it had. `runstate` is what it did before the freeze.
+    `max`) meant, empty for others. `portrait` is the machine as QEMU described it. `runstate` is what it did before the freeze.
     """
 
     name: str
@@ -62,7 +63,7 @@ class Record(msgspec.Struct, frozen=True):
     words: tuple[str, ...]
     hardware: Hardware
     cpu_features: tuple[str, ...]
-    devices: tuple[str, ...]
+    portrait: Portrait
     ram: tuple[SavedRam, ...]
     vmstate: SavedState
     runstate: str

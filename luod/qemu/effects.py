@@ -18,6 +18,7 @@ import uuid as uuids
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 from msgspec.structs import replace
 
 from ..adapters.qemu import operations as ops
@@ -25,12 +26,12 @@ from ..adapters.qemu import record as records
 from ..adapters.qemu import vmstate
 from ..adapters.qemu.arguments import Adapted, adapt, hardware, recorded
 from ..adapters.qemu.compare import Now, compare
-from ..adapters.qemu.errors import ConfigMismatch, QemuError
+from ..adapters.qemu.errors import QemuError
 from ..adapters.qemu.guest import LIVE, Guest
 from ..adapters.qemu.identity import NO_RECORD, Trailer, make_ram
 from ..adapters.qemu.load import Load
 from ..adapters.qemu.operation import Operation
-from ..adapters.qemu.precheck import portrait
+from ..adapters.qemu.portrait import Portrait
 from ..adapters.qemu.probe import Capabilities, features, probe
 from ..adapters.qemu.record import Record, SavedRam, SavedState
 from ..adapters.qemu.save import Abort, Save
@@ -163,17 +164,16 @@ class WriteRecord(_OnVm):
         vm, args = self.vm, intent.args
         saved, generation = args["saved"], int(args["generation"])
         argv = vm.argv()
-        now = portrait(vm.guest)
         vm.record = Record(
             name=vm.name,
             uuid=vm.uuid,
             generation=generation,
             binary=argv[0],
-            qemu=now.qemu,
+            qemu=saved["qemu"],
             words=recorded(argv[1:]),
             hardware=hardware(argv[1:]),
             cpu_features=tuple(args["cpu_features"]),
-            devices=now.devices,
+            portrait=msgspec.convert(saved["machine"], Portrait),
             ram=tuple(
                 SavedRam(f"{token:#x}", name, saved["ram"][name]["size"], saved["ram"][name]["sample"])
                 for token, name in ram_tokens(vm.guest.ram).items()
@@ -222,6 +222,7 @@ class OfGuest(_OnVm):
             intent,
             args={
                 "runstate": record.runstate, "bytes": record.vmstate.length, "sha256": record.vmstate.sha256, "ram": saved,
+                "machine": msgspec.to_builtins(record.portrait),
             },
         )  # fmt: skip
 
@@ -289,10 +290,10 @@ def _ram(vm: Vm) -> dict[str, int]:
 
 
 class Start(_OnVm):
-    """A QEMU on the memory that was retrieved, waiting for the guest to come in. Its devices are compared before anything is loaded."""
+    """A QEMU on the memory that was retrieved, waiting for the guest to come in."""
 
     def apply(self, intent: Intent) -> dict[str, Json]:
-        """Start it. Raises `LaunchFailed`, `RamMismatch`, `ConfigMismatch`; no QEMU is left running then."""
+        """Start it. Raises `LaunchFailed`, `RamMismatch`; no QEMU is left running then."""
         vm, record = self.vm, self.vm.record
         if record is None:
             raise QemuError(f"{intent.key}: the record was not read", hint="run qemu.check first")
@@ -301,13 +302,6 @@ class Start(_OnVm):
         record_fd, state = os.dup(vm.retrieved[RECORD]), os.dup(vm.retrieved[VMSTATE])
         argv = self.plan.adapted(record.hardware.machine).argv(ram, vm.monitor_path, incoming=True)
         vm.start(argv, ram, record_fd, state)
-        if sorted(vm.devices) != sorted(record.devices):
-            found = ", ".join(vm.devices) or "none"
-            vm.end_guest()
-            raise ConfigMismatch(
-                f"{vm.name} was saved with the devices {', '.join(record.devices) or 'none'}, and QEMU has {found}",
-                hint="give QEMU the command line that the guest was saved with",
-            )
         return _launched(vm)
 
     def probe(self, intent: Intent) -> Probe:

@@ -207,7 +207,7 @@ def generation_of(key: str) -> int:
 
 
 def _kept(saved: Effect) -> dict[str, Json]:
-    return {name: saved.result[name] for name in ("bytes", "sha256", "ram")}
+    return {name: saved.result[name] for name in ("bytes", "sha256", "ram", "machine", "qemu")}
 
 
 def _lap(spans: dict[str, float], name: str, begun: float) -> float:

@@ -23,7 +23,7 @@ from ..adapters.qemu import record as records
 from ..adapters.qemu.errors import LaunchFailed, NotThatQemu, QemuError, RamMismatch
 from ..adapters.qemu.guest import Guest, Timeouts
 from ..adapters.qemu.identity import TRAILER, Trailer, read_trailer, write_trailer
-from ..adapters.qemu.precheck import portrait
+from ..adapters.qemu.portrait import portrait
 from ..adapters.qemu.process import QemuProcess, identity
 from ..adapters.qemu.record import Record
 

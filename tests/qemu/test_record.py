@@ -22,6 +22,7 @@ from luod.adapters.qemu.arguments import adapt
 from luod.adapters.qemu.compare import Now, compare
 from luod.adapters.qemu.errors import ConfigMismatch, ForeignRam, QemuError, RamMismatch, StateCorrupt
 from luod.adapters.qemu.identity import TRAILER, Trailer, make_ram, read_trailer, write_trailer
+from luod.adapters.qemu.portrait import Portrait
 from luod.adapters.qemu.probe import Capabilities
 from luod.adapters.qemu.record import Record, RecordDamaged, SavedRam, SavedState
 
@@ -85,7 +86,7 @@ def save(ram: dict[str, int], record_fd: int, state: int, **changes: Any) -> tup
     prints = vmstate.fingerprints(ram, TRAILER)
     record = Record(
         name="vm1", uuid=UUID, generation=3, binary="qemu", qemu="10.0.2", words=adapted.words, hardware=adapted.hardware,
-        cpu_features=(), devices=("virtio-rng-pci",),
+        cpu_features=(), portrait=Portrait("pc-q35-10.0", ("qemu64",), ("virtio-rng-pci",), {}),
         ram=tuple(SavedRam("0x100", name, each["size"], each["sample"]) for name, each in prints.items()),
         vmstate=SavedState("0x1000", os.fstat(state).st_size, vmstate.digest(state)), runstate="running",
     )  # fmt: skip
