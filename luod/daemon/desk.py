@@ -166,15 +166,25 @@ class Desk:
                 {"event": "ABORT", "id": session.client, "reason": session.abort_reason, "deadline_s": 0.0},
             )
             return
-        if session.state == S.CREATED and update is not None and not update.abort_reason:
+        preparing = update is not None and update.id == session.update and not update.abort_reason
+        if preparing and (session.state == S.CREATED or self._succeeds(connection, session)):
             await self.luod.director.hand(session.id)
-        elif session.state == S.PRESERVED:
+        if session.state == S.PRESERVED:
             if session.id in self.luod.director.freezing:
                 self.luod.director.freeze(session)
             else:
                 self.luod.tell(
                     session, {"event": "RESUME", "id": session.client, "reason": session.reason or "go on"}
                 )
+
+    def _succeeds(self, connection: Connection, session: Session) -> bool:
+        """Say whether another process than the one that bound a session speaks for it now, and so does not have its fd."""
+        return (
+            session.state in (S.PRESERVED, S.READY)
+            and "freeze" in connection.features
+            and session.owner is not None
+            and session.owner.pid != connection.peer.pid
+        )
 
     def _unheard(self, connection: Connection, session: Session) -> bool:
         """Say whether the caller may still hold a session that was undone while nobody could tell it so."""

@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from luod_world import World, new_world
 
-from luod.adapters.qemu.monitor import Monitor
+from luod.adapters.qemu.errors import QemuError
+from luod.adapters.qemu.identity import read_trailer
+from luod.client import Timeout
 from luod.tinyguest import image
 from luod.tinyguest.serial import SerialLog
 
@@ -90,7 +92,9 @@ class Tenant:
             os.close(ready_end)
         self.world.control.attach(self.process.pid)
         with open(ready, "rb", buffering=0) as pipe:
-            if wait and select.select([pipe], [], [], PATIENCE_S)[0] and pipe.read(1):
+            if wait:
+                assert select.select([pipe], [], [], PATIENCE_S)[0], self.words()
+                assert pipe.read(1), self.words()
                 self.find_qemu()
 
     def find_qemu(self) -> int:
@@ -131,11 +135,6 @@ class Tenant:
 
     def words(self) -> str:
         return self.stderr.read_text(errors="replace")
-
-    @contextlib.contextmanager
-    def monitor(self, path: Path) -> Iterator[Monitor]:
-        with Monitor.connect(path, timeout_s=PATIENCE_S) as monitor:
-            yield monitor
 
     # -- the guest
 
@@ -231,3 +230,81 @@ class Host(ExitStack):
     def session(self, name: str) -> dict[str, Any]:
         with self.world.client() as admin:
             return dict(admin.session(name)["session"])
+
+    def companion(self, name: str = "slow") -> Companion:
+        return self.enter_context(Companion(self.world, name))
+
+    def aborted(self, update: str = "update/1") -> str:
+        """Wait until an update was undone; return why."""
+        return str(self.world.wait_record("update.aborted", update)["body"]["reason"])
+
+
+class Companion:
+    """Another client of the host, which is as slow at the barrier as a test wants."""
+
+    def __init__(self, world: World, name: str) -> None:
+        self.name = name
+        self.link = world.client()
+        self.link.hello()
+        self.link.subscribe(name)
+        self.fd = -1
+
+    def preserve(self) -> None:
+        event = self.link.next_event(PATIENCE_S, names=["START_PRESERVATION"])
+        self.fd = event.take_fd()
+        self.link.preserved(self.name)
+
+    def hold(self) -> None:
+        """Preserve, and let everybody wait at the second barrier."""
+        self.preserve()
+        self.link.next_event(PATIENCE_S, names=["FREEZE"]).close()
+
+    def ready(self) -> None:
+        """Let the update go on; the kexec may be quicker than the reply."""
+        with contextlib.suppress(Timeout):
+            self.link.call("READY", id=self.name, timeout=0)
+
+    def let_go(self) -> None:
+        """Do as an ABORT says."""
+        self.link.next_event(PATIENCE_S, names=["ABORT"]).close()
+        self.drop()
+        self.link.aborted(self.name)
+
+    def drop(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Companion:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drop()
+        self.link.close()
+
+
+def memfds_of(pid: int) -> Iterator[int]:
+    """Open every memfd of a process, one after the other."""
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            where = os.readlink(f"/proc/{pid}/fd/{number}")
+            if where.startswith("/memfd:"):
+                fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC)
+                try:
+                    yield fd
+                finally:
+                    os.close(fd)
+
+
+def is_vmstate(fd: int) -> bool:
+    return os.pread(fd, 4, 0) == b"QEVM"
+
+
+def is_ram(fd: int) -> bool:
+    with contextlib.suppress(QemuError):
+        return bool(read_trailer(fd).uuid)
+    return False
+
+
+def flip(fd: int, place: int) -> None:
+    os.pwrite(fd, bytes([os.pread(fd, 1, place)[0] ^ 0x10]), place)
