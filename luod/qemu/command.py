@@ -10,6 +10,7 @@ reached; 65 a guest that could not be restored, whose memory is kept; 70 the jou
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -20,7 +21,7 @@ import anyio
 
 from ..adapters.kernel import open_kernel
 from ..adapters.qemu.guest import Timeouts
-from ..engine.points import injector
+from ..engine.points import Points, Stage, injector, nowhere
 from ..engine.runner import Engine
 from ..journal.writer import Journal
 from ..states.errors import LuodError
@@ -96,7 +97,10 @@ def parser() -> argparse.ArgumentParser:
         help="write a byte to this fd when the guest runs and luod knows it",
     )
     cli.add_argument(
-        "--crash-at", default="", metavar="POINT", help="fault injection: SIGKILL at this crash point, once"
+        "--crash-at",
+        default="",
+        metavar="POINT",
+        help="fault injection: SIGKILL at the crash point of this name, or that ends so, once",
     )
     cli.add_argument(
         "--crash-trace", type=Path, metavar="FILE", help="fault injection: append each crash point reached"
@@ -183,7 +187,7 @@ async def live(name: str, command: list[str], args: argparse.Namespace) -> int:
         state / "journal.db", boot_id=boot_id, run_id=run_id, volatile=args.volatile, on_fatal=_die
     ) as journal:
         engine = Engine(
-            journal, effects(vm, plan), boot_id=boot_id, points=injector(args.crash_at, args.crash_trace)
+            journal, effects(vm, plan), boot_id=boot_id, points=points(args.crash_at, args.crash_trace)
         )
         wrapper = Wrapper(
             engine, vm, plan, args.socket, policy=args.policy, order=args.order, deadline_s=args.deadline,
@@ -195,9 +199,20 @@ async def live(name: str, command: list[str], args: argparse.Namespace) -> int:
             vm.close()
 
 
+def points(kill_at: str, trace: Path | None) -> Points:
+    """Return the crash points of luo-qemu; `kill_at` may be the end of a point's name, for keys hold numbers nobody knows before."""
+
+    def reached(key: str, stage: Stage) -> None:
+        name = f"{key}:{stage}"
+        injector(name if kill_at and name.endswith(kill_at) else "", trace)(key, stage)
+
+    return reached if kill_at or trace else nowhere
+
+
 def _tell_ready(fd: int | None) -> None:
     if fd is not None:
-        os.write(fd, b"\n")
+        with contextlib.suppress(BrokenPipeError):  # whoever wanted to know has gone
+            os.write(fd, b"\n")
         os.close(fd)
 
 

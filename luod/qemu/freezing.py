@@ -98,7 +98,7 @@ class Freezer:
         vm = self.vm
         args: dict[str, Json] = {"token": f"{token:#x}", "what": what}
         # With the guest's name: what is preserved of another guest under this id must not be taken for this one's.
-        key = f"{vm.session}/preserve/{token:#x}/{vm.uuid[:8]}"
+        key = f"{vm.session}/{vm.uuid[:8]}/preserve/{token:#x}/{what}"
         effect = await self._make(Intent(vm.session, key, "guest.preserve", args))
         return int(effect.result.get("size", 0))
 

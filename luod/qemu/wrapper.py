@@ -29,6 +29,7 @@ from ..engine.ports import Intent
 from ..engine.runner import Engine
 from ..states.errors import LuodError
 from ..states.events import Policy
+from ..states.fold import Effect
 from .effects import Plan
 from .freezing import GRACE_S, Freezer, Refusal, now
 from .restoring import Restorer
@@ -104,6 +105,9 @@ class Wrapper:
         if adopted:
             self._say(f"adopted QEMU {self.vm.guest.process.pid} of {self.vm.name}")
             self.freezer.take_up()
+            record = self.engine.book.streams.get(self.vm.name)
+            if record is not None and record.doubts():
+                await self._make_launch()
         while True:
             try:
                 await self._connect()
@@ -132,13 +136,19 @@ class Wrapper:
         vm = self.vm
         for note in (await anyio.to_thread.run_sync(self.plan.adapted)).notes:
             self._say(note)
-        record = self.engine.book.streams.get(vm.name)
-        number = 1 + (len(record.effects) if record is not None else 0)
-        launched = await self.engine.ensure(
-            Intent(vm.name, f"{vm.name}/launch{number}", "qemu.launch", {"command": self.plan.command})
-        )
+        launched = await self._make_launch()
         if launched.status != "done":
             raise QemuError(f"{vm.name} cannot be started: {launched.message}", errno=launched.errno)
+
+    async def _make_launch(self) -> Effect:
+        """Launch the guest, or if an earlier process died over it, see what came of that."""
+        name = self.vm.name
+        record = self.engine.book.streams.get(name)
+        number = len(record.effects) if record is not None else 0
+        if record is None or not record.doubts():
+            number += 1
+        args = {"command": self.plan.command}
+        return await self.engine.ensure(Intent(name, f"{name}/{number}/launch", "qemu.launch", args))
 
     async def _undo_left_over(self) -> None:
         """Undo a session of this boot whose guest has died together with an earlier luo-qemu: its memory is nobody's."""

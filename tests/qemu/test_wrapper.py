@@ -209,7 +209,7 @@ def test_its_journal_tells_what_was_done(host: Host) -> None:
     guest.start()
     guest.kill()
     shown = subprocess.run(
-        [sys.executable, "-m", "luod.cli", "journal", "show", "--json", str(guest.state / "journal.db")],
+        [sys.executable, "-m", "luod.cli", "journal", "show", "--json", "--journal", str(guest.state / "journal.db")],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     kinds = [

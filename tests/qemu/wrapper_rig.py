@@ -24,8 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from luod_world import World, new_world
 
-from luod.adapters.qemu.errors import QemuError
-from luod.adapters.qemu.identity import read_trailer
+from luod.adapters.qemu.identity import TRAILER
 from luod.client import Timeout
 from luod.tinyguest import image
 from luod.tinyguest.serial import SerialLog
@@ -243,16 +242,26 @@ class Companion:
     """Another client of the host, which is as slow at the barrier as a test wants."""
 
     def __init__(self, world: World, name: str) -> None:
+        self.world = world
         self.name = name
         self.link = world.client()
         self.link.hello()
         self.link.subscribe(name)
         self.fd = -1
 
+    def take(self) -> None:
+        self.fd = self.link.next_event(PATIENCE_S, names=["START_PRESERVATION"]).take_fd()
+
     def preserve(self) -> None:
-        event = self.link.next_event(PATIENCE_S, names=["START_PRESERVATION"])
-        self.fd = event.take_fd()
+        self.take()
         self.link.preserved(self.name)
+
+    def rejoin(self) -> None:
+        """Connect again, to a luod that was restarted."""
+        self.link.close()
+        self.link = self.world.client()
+        self.link.hello()
+        self.link.subscribe(self.name)
 
     def hold(self) -> None:
         """Preserve, and let everybody wait at the second barrier."""
@@ -301,9 +310,7 @@ def is_vmstate(fd: int) -> bool:
 
 
 def is_ram(fd: int) -> bool:
-    with contextlib.suppress(QemuError):
-        return bool(read_trailer(fd).uuid)
-    return False
+    return os.pread(fd, 8, max(0, os.fstat(fd).st_size - TRAILER)) == b"LUODRAM1"
 
 
 def flip(fd: int, place: int) -> None:
