@@ -5,7 +5,8 @@
     `---- the client's    `- for  `- to the `- to `- to  `---- the steps of its restore plan   `- what is between
           own spans          others  kernel    luod  CLAIM
 
-`kexec` ends when the new kernel's boot clock began, `boot` when luod was there again. Steps of one kind are added up. All in milliseconds.
+`kexec` ends when the new kernel's boot clock began, `boot` when luod was there again; where the former is not known, `kexec` is both.
+Steps of one kind are added up. All in milliseconds.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from .states.fold import Session
 from .states.table import SessionState as S
 
 Marks = list[tuple[int, str]]
+SPANS = ("pause", "save", "preserve")
+"""What a freeze is made of, in its order: the journal does not keep the order of a client's spans."""
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -45,15 +48,17 @@ def parts(session: Session, marks: Marks, back: Return | None) -> tuple[Part, ..
     steps = [(step_name(step.step), step.took_ms) for step in session.steps.values()]
     if not session.spans and not any(took for _, took in steps):
         return ()
-    found = dict(session.spans)
+    found = {name: session.spans[name] for name in sorted(session.spans, key=_place)}
     entered = {state: at for at, state in marks}
     ready, jump = entered.get(S.READY), entered.get(S.REBOOTING)
     claimed, running = entered.get(S.RETRIEVED), entered.get(S.RESTORED)
     if ready is not None and jump is not None:
         found["wait"] = _ms(jump - ready)
     if jump is not None and back is not None:
-        kernel = min(max(back.kernel, jump), back.luod)
-        found["kexec"], found["boot"] = _ms(kernel - jump), _ms(back.luod - kernel)
+        # An emulated kernel shares the boot clock of its host, which began long before: then nobody knows where the kexec ended.
+        found["kexec"] = _ms(min(back.kernel if back.kernel > jump else back.luod, back.luod) - jump)
+        if back.kernel > jump:
+            found["boot"] = _ms(max(back.luod - back.kernel, 0))
         if claimed is not None:
             found["claim"] = _ms(claimed - back.luod)
     for name, took in steps:
@@ -61,6 +66,11 @@ def parts(session: Session, marks: Marks, back: Return | None) -> tuple[Part, ..
     if claimed is not None and running is not None:
         found["rest"] = max(0.0, _ms(running - claimed) - sum(took for _, took in steps))
     return tuple(Part(name, round(ms, 3)) for name, ms in found.items())
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Return the place of a client's span: those of a freeze in their order, others after them by name."""
+    return (SPANS.index(name) if name in SPANS else len(SPANS), name)
 
 
 def table(columns: Sequence[tuple[str, Sequence[Part]]], width: int) -> list[str]:

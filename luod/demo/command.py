@@ -17,6 +17,7 @@ from ..cli.printing import WIDE, colored, width
 from ..engine.points import STAGES
 from ..journal.replay import Replay
 from ..timeline import Course, Story, draw_course
+from .guest_command import demo_guests
 from .invariants import problems
 from .outcome import Outcome, Setting, discard, journal_of, workspace
 from .run import Run
@@ -28,10 +29,15 @@ SWEEP_BYTES = 64 << 10
 
 
 @click.command(name="demo")
-@click.option("--sessions", type=click.IntRange(1, 512), help="client processes (default 8; with --crash 2)")
+@click.option(
+    "--sessions",
+    type=click.IntRange(1, 512),
+    help="client processes (default 8; with --crash 2; with --qemu 4)",
+)
 @click.option(
     "--mib", type=click.FloatRange(0.01, 4096), help="MiB of memory each (default 16; with --crash 1/16)"
 )
+@click.option("--qemu", is_flag=True, help="real QEMU guests that count and check their memory, as clients")
 @click.option(
     "--crash",
     metavar="POINT|all|twice|list",
@@ -49,12 +55,20 @@ SWEEP_BYTES = 64 << 10
 )
 @click.option("--json", "as_json", is_flag=True, help="print one JSON object")
 def demo(
-    sessions: int | None, mib: float | None, crash: str | None, jobs: int, keep: Path | None, as_json: bool
+    sessions: int | None,
+    mib: float | None,
+    qemu: bool,
+    crash: str | None,
+    jobs: int,
+    keep: Path | None,
+    as_json: bool,
 ) -> None:
     """Go through a whole live update on an emulated kernel: real processes, real memory, every byte compared.
 
     --crash kills luod by SIGKILL at a numbered point, restarts it, and shows that nothing was lost.
     """
+    if qemu and crash:
+        raise click.UsageError("--crash kills luod in an update of the demo's own clients: leave out --qemu")
     setting = Setting(
         sessions=sessions or (SWEEP_SESSIONS if crash else 8),
         size=int(mib * (1 << 20)) if mib else (SWEEP_BYTES if crash else 16 << 20),
@@ -64,11 +78,12 @@ def demo(
     code = 1
     try:
         kept = keep is not None
-        code = (
-            _sweep(base, setting, jobs, as_json, crash)
-            if crash in SWEEPS
-            else _single(base, point, as_json, kept=kept)
-        )
+        if qemu:
+            code = demo_guests(base, sessions, mib, as_json=as_json, kept=kept)
+        elif crash in SWEEPS:
+            code = _sweep(base, setting, jobs, as_json, crash)
+        else:
+            code = _single(base, point, as_json, kept=kept)
     except (KeyboardInterrupt, click.Abort):
         code = 0  # nothing went wrong that would be worth keeping
         raise

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -171,8 +171,9 @@ def boot_command(
     type=click.IntRange(1, 64),
     default=3,
     show_default=True,
-    help="How many clients.",
+    help="How many clients, or guests.",
 )
+@click.option("--qemu", is_flag=True, help="Real QEMU guests in the lab machine, as clients.")
 @click.option(
     "--size",
     "size_mib",
@@ -192,6 +193,7 @@ def demo_command(
     kernel: str | None,
     next_kernel: str | None,
     clients: int,
+    qemu: bool,
     size_mib: int,
     crash: str | None,
     out: Path | None,
@@ -200,6 +202,10 @@ def demo_command(
     """Update a real kernel to another with luod and its clients, and check every byte. Takes a minute or two."""
     from .update import MIB, lab_demo
 
+    if qemu:
+        if crash:
+            raise click.UsageError("--crash kills luod under the demo's own clients: leave out --qemu")
+        _demo_guests(kernel, next_kernel, clients, out, as_json)
     old, new = choose_pair(kernel, next_kernel)
     place = out or Path(tempfile.mkdtemp(prefix="luod-lab-demo-"))
     on_event = None if as_json else _tell
@@ -223,6 +229,26 @@ def demo_command(
     raise click.exceptions.Exit(0 if right else 1)
 
 
+def _demo_guests(
+    kernel: str | None, next_kernel: str | None, guests: int, out: Path | None, as_json: bool
+) -> NoReturn:
+    from ..demo.guests import draw_guests
+    from .guests import GUEST_MIB, guest_reports, lab_guests
+
+    old, new = choose_pair(kernel, next_kernel)
+    place = out or Path(tempfile.mkdtemp(prefix="luod-lab-demo-"))
+    told, done = lab_guests(old, new, place, guests=guests, on_event=None if as_json else _tell)
+    right = told["finished"] == guests and not told["detail"]["problems"]
+    if as_json:
+        click.echo(json.dumps(told))
+    else:
+        click.echo((done.directory / "timeline.txt").read_text("utf-8"))
+        click.echo(draw_guests(guest_reports(done, guests, GUEST_MIB << 20)), nl=False)
+        click.echo(f"{told['kernel']}: {told['finished']} of {guests} guests finished")
+        click.echo(f"consoles, serial logs, journals and timeline are in {done.directory}")
+    raise click.exceptions.Exit(0 if right else 1)
+
+
 def _tell(event: dict[str, Any]) -> None:
     """Print one line for what a person wants to see of a run."""
     match event["event"]:
@@ -233,6 +259,8 @@ def _tell(event: dict[str, Any]) -> None:
             click.echo(f"  {event['client']} {event['at']}", err=True)
         case "crash":
             click.echo(f"  luod dies at {event['side']}:{event['point'].partition(':')[2]}", err=True)
+        case "guest":
+            click.echo(f"  {event['name']} at tick {event['last']}, pass {event['passes']}", err=True)
         case "leave":
             click.echo("  the update is ordered", err=True)
         case "step" if event["step"] in ("keeper", "luod"):

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Order an update in a lab guest, as an operator does: load the next kernel through luod, then have luod jump into it.
 
-    python -m luod.lab.order --run DIR --kernel IMAGE [--append ARGUMENTS]
+    python -m luod.lab.order --run DIR --kernel IMAGE [--append ARGUMENTS] [--clients N]
 
-It follows the update's records until the machine is gone, and ends with 1 when luod says that there will be no jump.
+With `--clients` it waits first until luod knows so many. It follows the update's records until the machine is gone, and ends with 1 when
+luod says that there will be no jump.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--run", type=Path, required=True)
     parser.add_argument("--kernel", type=Path, required=True)
     parser.add_argument("--append")
+    parser.add_argument("--clients", type=int, default=0)
     options = parser.parse_args(argv)
     cmdline = next_cmdline(Path("/proc/cmdline").read_text("utf-8").strip(), options.append)
     try:
@@ -33,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
             luod.hello(["progress"])
             luod.load(options.kernel, cmdline=cmdline)
             luod.watch()
+            while luod.status()["clients"] < options.clients:
+                luod.next_event(PATIENCE_S).close()
             luod.kexec()
             while True:
                 record = luod.next_event(PATIENCE_S, names=("PROGRESS",)).fields["record"]

@@ -63,9 +63,12 @@ def client(name: str, boot: int, size: int, **options: Any) -> Step:
     )
 
 
-def order(image: KernelImage, *, leaves: bool = True, **options: Any) -> Step:
-    """Load an image through luod and order the update: luod jumps, so this step takes the machine out of its boot."""
-    arguments = ("--run", RUN, "--kernel", image.path)
+def order(image: KernelImage, *, leaves: bool = True, clients: int = 0, **options: Any) -> Step:
+    """Load an image through luod and order the update: luod jumps, so this step takes the machine out of its boot.
+
+    `clients` is how many luod must know before.
+    """
+    arguments = ("--run", RUN, "--kernel", image.path, "--clients", str(clients))
     return python("order", "luod.lab.order", *arguments, leaves=leaves, timeout_s=PATIENCE_S, **options)
 
 
