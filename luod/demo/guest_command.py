@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 import msgspec
+from msgspec.structs import replace
 
 from ..cli.printing import colored
 from ..timeline import Course, draw_course
@@ -52,9 +53,9 @@ def demo_guests(base: Path, guests: int | None, mib: float | None, *, as_json: b
     course = course_of(base)
     if as_json:
         journal = journal_of(base) if kept or found else None
-        told = add_guests(
-            result(outcome, journal, course, len(outcome.points), outcome.restarts), run.reports, course
-        )
+        of_update = replace(outcome, sessions=run.taking_part())
+        told = result(of_update, journal, course, len(outcome.points), outcome.restarts)
+        told = add_guests(told, run.reports, course)
         told["detail"] = {"ending": outcome.ending, "problems": found}
         click.echo(json.dumps(told))
     else:

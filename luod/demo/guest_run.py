@@ -41,7 +41,7 @@ class GuestRun(Run):
     """A host with guests and an operator.
 
     `qemus` are the binaries of the first and of the second boot. `options` gives more options for luo-qemu by the number of the guest,
-    `devices` more QEMU options.
+    `devices` more QEMU options. `config` is luod's settings.
     """
 
     def __init__(
@@ -54,8 +54,10 @@ class GuestRun(Run):
         qemus: tuple[str, str] = (QEMU, QEMU),
         options: Callable[[int], list[str]] = lambda _: [],
         devices: Callable[[int], list[str]] = lambda _: [],
+        config: Path | None = None,
     ) -> None:
         super().__init__(directory, Setting(sessions=guests, size=setting.mib * MIB), say)
+        self.config = config
         self.guests = setting
         self.qemus = qemus
         self.options = options
@@ -114,8 +116,7 @@ class GuestRun(Run):
     def run(self) -> Outcome:
         """Go through a whole update; `reports` tells what the guests say. Raises `LuodError`."""
         self.start_first()
-        ended = self._first_boot()
-        if ended == "aborted":
+        if self.order_update() == "aborted":
             raise self.failed("the update was undone")
         self.say(
             f"the guests stood still; their last ticks are {', '.join(str(last) for last, _ in self.marks())}"
@@ -125,6 +126,14 @@ class GuestRun(Run):
         self.say("every guest runs again")
         self.judge_guests()
         self.stop_guests()
+        return self.look()
+
+    def order_update(self) -> str:
+        """Order the update; return `kexec` when the machine is in its next boot, `aborted` when the update was undone."""
+        return self._first_boot()
+
+    def look(self) -> Outcome:
+        """Gather what `problems` judges, and see that one more recovery of luod changes nothing."""
         return self._look()
 
     def start_first(self) -> None:
@@ -183,10 +192,15 @@ class GuestRun(Run):
         for child in self.clients():
             child.stop(signal.SIGTERM, patience=PATIENCE_S)
 
+    def taking_part(self) -> list[dict[str, Any]]:
+        """Return the sessions of the update; each guest has another one since, for the next."""
+        update = self.outcome.update
+        return [one for one in self.outcome.sessions if update and one["update"] == update["id"]]
+
     def problems(self) -> list[str]:
         """Return everything that is wrong with a run that was to go through."""
         outcome = self.outcome
-        mine = [one for one in outcome.sessions if outcome.update and one["update"] == outcome.update["id"]]
+        mine = self.taking_part()
         found = [f"{one.name}: {finding}" for one in self.reports for finding in one.findings]
         if outcome.ending != "done":
             found.append(f"the update ended as {outcome.ending}")

@@ -79,6 +79,15 @@ class SerialPort:
             time.sleep(LOOK_S)
         return self.log
 
+    def until_boots(self, boots: int, patience_s: float) -> SerialLog:
+        """Wait until the guest has booted so often; return its log. Raises `LuodError` when it has not in time."""
+        deadline = time.monotonic() + patience_s
+        while (log := self.look()).boots < boots:
+            if time.monotonic() > deadline:
+                raise LuodError(f"{self.path.name}: boot {boots} did not come")
+            time.sleep(LOOK_S)
+        return log
+
 
 class GuestReport(msgspec.Struct, frozen=True):
     """What one guest has to show after an update."""

@@ -65,6 +65,8 @@ class Host:
         self.outcome = Outcome("unfinished")
         self.boot = 0
         self.lives: list[Life] = []
+        self.config: Path | None = None
+        """luod's settings, where they are not the defaults."""
         self._children: dict[str, Child] = {}
         for one in (self.run_dir, directory / "logs"):
             one.mkdir(parents=True, exist_ok=True)
@@ -115,6 +117,8 @@ class Host:
                 "--kernel", "emulated", "--emulator", str(self.emulator_dir), "--run", str(self.run_dir),
                 "--state", str(self.dir / "state"),
             ]  # fmt: skip
+            if self.config is not None:
+                args += ["--config", str(self.config)]
             if is_volatile(self.dir):
                 args += ["--volatile"]
             life = Life(self.boot, self._next_kill(), self.dir / f"points-{len(self.lives) + 1}")
