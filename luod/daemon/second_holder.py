@@ -7,6 +7,7 @@ Between the two luod is the only holder. It goes on, for nothing is lost yet, an
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING, Any
 
 import anyio.to_thread
@@ -60,9 +61,14 @@ class SecondHolder:
         for name in names:
             with held.settled:  # nobody lets go of it meanwhile
                 try:
-                    if held.has(name) and custody.get(name) is None:
-                        custody.store(name, held.get(name))
-                        self._holds += 1
+                    if not held.has(name):
+                        continue
+                    there = custody.get(name)
+                    if there is not None:  # it came to both since the names were asked for
+                        os.close(there)
+                        continue
+                    custody.store(name, held.get(name))
+                    self._holds += 1
                 except LuodError as error:
                     log.error("%s cannot be given to the second holder: %s", name, error.message)
 
