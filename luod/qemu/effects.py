@@ -316,12 +316,11 @@ class Resume(OfGuest):
         super().__init__(vm, plan, ops.Resume)
 
     def apply(self, intent: Intent) -> dict[str, Json]:
-        """Let the guest go on; from here on its memory is not what was saved."""
-        result = super().apply(intent)
+        """Let the guest go on. Its memory is marked before: once it may have run, no other QEMU is started on what was saved."""
         record = self.vm.record
-        if record is not None and result["runstate"] in LIVE:
+        if record is not None and record.runstate in LIVE:
             self.vm.mark(record.generation, NO_RECORD)
-        return result
+        return super().apply(intent)
 
 
 class Finish(_OnVm):

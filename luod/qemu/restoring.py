@@ -62,7 +62,7 @@ class Restorer:
         vm = self.vm
         session = str(claimed["session"])
         vm.hold(session, claimed.take_fd())
-        if vm.alive() and await anyio.to_thread.run_sync(vm.guest.runstate) not in LIVE:
+        if vm.alive() and not vm.going_on() and await anyio.to_thread.run_sync(vm.guest.runstate) not in LIVE:
             vm.end_guest()
         resources = msgspec.convert(claimed["resources"], list[Resource])
         runner = PlanRunner(self.engine, session, resources, report=_Reporter(link, vm.name))

@@ -22,7 +22,7 @@ from ..adapters.liveupdate.device import LiveUpdate
 from ..adapters.qemu import record as records
 from ..adapters.qemu.errors import LaunchFailed, NotThatQemu, QemuError, RamMismatch
 from ..adapters.qemu.guest import Guest, Timeouts
-from ..adapters.qemu.identity import TRAILER, Trailer, read_trailer, write_trailer
+from ..adapters.qemu.identity import NO_RECORD, TRAILER, Trailer, read_trailer, write_trailer
 from ..adapters.qemu.portrait import portrait
 from ..adapters.qemu.process import QemuProcess, identity
 from ..adapters.qemu.record import Record
@@ -229,6 +229,11 @@ class Vm:
         """Write into the page behind each piece of RAM with which record it goes; none but zeros for a guest that runs again."""
         for name, fd in self.guest.ram.items():
             write_trailer(fd, Trailer(self.uuid, name, generation, digest))
+
+    def going_on(self) -> bool:
+        """Say whether the memory is marked as no longer what was saved: this QEMU alone can go on with it."""
+        marks = [read_trailer(fd) for fd in self.guest.ram.values()]
+        return any(mark.generation and mark.record == NO_RECORD for mark in marks)
 
     # -- the session
 

@@ -212,11 +212,7 @@ def test_its_journal_tells_what_was_done(host: Host) -> None:
         [sys.executable, "-m", "luod.cli", "journal", "show", "--json", "--journal", str(guest.state / "journal.db")],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    kinds = [
-        record["body"]["kind"]
-        for record in map(json.loads, shown.splitlines())
-        if "kind" in record.get("body", {})
-    ]
+    kinds = [record["body"]["kind"] for record in json.loads(shown)["records"] if "kind" in record["body"]]
     assert kinds == [
         "qemu.launch", "guest.preserve", "guest.preserve", "qemu.pause", "qemu.save", "guest.record", "guest.preserve",
         "qemu.retrieve", "qemu.retrieve", "qemu.retrieve", "qemu.check", "qemu.start", "qemu.load", "qemu.resume", "session.finish",
