@@ -27,6 +27,7 @@ from ..journal.writer import Journal
 from ..states.errors import LuodError
 from ..states.names import check_client_id
 from .effects import Plan, effects
+from .freezing import Freezer
 from .vm import Vm
 from .wrapper import Wrapper
 
@@ -183,8 +184,21 @@ async def live(name: str, command: list[str], args: argparse.Namespace) -> int:
     vm = Vm(name, run_directory, kernel, timeouts=Timeouts().scaled(args.slow))
     plan = Plan(command, state)
     run_id = os.environ.get("INVOCATION_ID") or f"{os.getpid()}:{uuid.uuid4().hex[:12]}"
+    freezers: list[Freezer] = []
+
+    def die(error: BaseException) -> None:
+        """End at once: what the journal holds is in doubt. QEMU goes on, and the next luo-qemu adopts it."""
+        try:
+            for freezer in freezers:
+                freezer.rescue()
+            print(
+                f"luo-qemu: the journal cannot be written: {error}; ending now, QEMU goes on", file=sys.stderr
+            )
+        finally:
+            os._exit(FATAL)
+
     with Journal.open(
-        state / "journal.db", boot_id=boot_id, run_id=run_id, volatile=args.volatile, on_fatal=_die
+        state / "journal.db", boot_id=boot_id, run_id=run_id, volatile=args.volatile, on_fatal=die
     ) as journal:
         engine = Engine(
             journal, effects(vm, plan), boot_id=boot_id, points=points(args.crash_at, args.crash_trace)
@@ -193,6 +207,7 @@ async def live(name: str, command: list[str], args: argparse.Namespace) -> int:
             engine, vm, plan, args.socket, policy=args.policy, order=args.order, deadline_s=args.deadline,
             ready=functools.partial(_tell_ready, args.ready_fd),
         )  # fmt: skip
+        freezers.append(wrapper.freezer)
         try:
             return await wrapper.run()
         finally:
@@ -214,18 +229,6 @@ def _tell_ready(fd: int | None) -> None:
         with contextlib.suppress(BrokenPipeError):  # whoever wanted to know has gone
             os.write(fd, b"\n")
         os.close(fd)
-
-
-def _die(error: BaseException) -> None:
-    """End at once: what the journal holds is in doubt. QEMU goes on, and the next luo-qemu adopts it."""
-    try:
-        print(
-            f"luo-qemu: the journal cannot be written: {error}; ending now, QEMU goes on",
-            file=sys.stderr,
-            flush=True,
-        )
-    finally:
-        os._exit(FATAL)
 
 
 def main() -> None:

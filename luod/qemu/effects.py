@@ -14,6 +14,7 @@ session.finish                 FINISH: the memory is the guest's own again
 from __future__ import annotations
 
 import os
+import time
 import uuid as uuids
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from pathlib import Path
 import msgspec
 from msgspec.structs import replace
 
+from ..adapters.liveupdate.errors import ObjectBusy
 from ..adapters.qemu import operations as ops
 from ..adapters.qemu import record as records
 from ..adapters.qemu import vmstate
@@ -39,6 +41,9 @@ from ..engine.ports import Absent, Done, Effect, Intent, Json, Probe
 from ..states.names import parse_token
 from .vm import RECORD, VMSTATE, Vm
 
+LET_GO_S = 5.0
+"""How long a file may still be another session's, in seconds."""
+_LOOK_S = 0.02
 RAM_TOKEN = 0x100
 RECORD_TOKEN = 0x10
 VMSTATE_TOKEN = 0x1000
@@ -128,10 +133,22 @@ class Preserve(_OnVm):
             else os.dup(vm.record_fd if what == RECORD else guest.ram[what])
         )
         try:
-            vm.kernel.preserve_fd(vm.session_fd, parse_token(intent.args["token"]), fd)
+            self._preserve(parse_token(intent.args["token"]), fd)
             return {"size": os.fstat(fd).st_size}
         finally:
             os.close(fd)
+
+    def _preserve(self, token: int, fd: int) -> None:
+        """A session that was undone a moment ago lets go of its files when the last of its holders has closed it: not at once."""
+        until = time.monotonic() + LET_GO_S
+        while True:
+            try:
+                self.vm.kernel.preserve_fd(self.vm.session_fd, token, fd)
+                return
+            except ObjectBusy:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(_LOOK_S)
 
     def probe(self, intent: Intent) -> Probe:
         """Ask the session."""

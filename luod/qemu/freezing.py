@@ -7,6 +7,7 @@ where it was: what the guest did before is in the journal, written before anythi
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -14,7 +15,9 @@ import anyio.to_thread
 import msgspec
 
 from ..adapters.qemu.errors import QemuError
+from ..adapters.qemu.identity import NO_RECORD
 from ..adapters.qemu.precheck import precheck
+from ..adapters.qemu.save import Abort
 from ..engine.ports import Intent, Json
 from ..engine.runner import Engine
 from ..states.errors import LuodError
@@ -68,6 +71,7 @@ class Freezer:
         self.saved = False
         """Whether all that the next kernel needs is in the session: the guest may lose its QEMU now."""
         self._features: tuple[str, ...] | None = None
+        self._leaving = False
 
     # -- while the guest runs
 
@@ -177,6 +181,7 @@ class Freezer:
         frozen = self.frozen
         if frozen is None:
             return
+        self._leaving = True
         args: dict[str, Json] = {"runstate": frozen.runstate, "generation": frozen.generation}
         if self.vm.alive() or not self.saved:
             await self._make(self._intent("qemu.abort", args))
@@ -185,7 +190,19 @@ class Freezer:
             for kind in ("qemu.start", "qemu.load", "qemu.resume"):
                 await self._make(self._intent(kind, {}))
             self.vm.drop_retrieved()
-        self.frozen, self.saved = None, False
+        self.frozen, self.saved, self._leaving = None, False, False
+
+    def rescue(self) -> None:
+        """Let a frozen guest go on without a journal, which cannot be written any more: it must not stay stopped for want of a disk.
+
+        Not one that is saved and waits for the kexec: luod may be jumping. Safe from any thread.
+        """
+        frozen = self.frozen
+        if frozen is None or (self.saved and not self._leaving):
+            return
+        with contextlib.suppress(OSError):
+            self.vm.mark(frozen.generation, NO_RECORD)
+        Abort(self.vm.guest).apply(self._intent("qemu.abort", {"runstate": frozen.runstate}))
 
     def take_up(self) -> None:
         """Find in the journal a freeze of this boot that an earlier process has begun and not undone."""

@@ -182,6 +182,21 @@ def test_a_device_that_cannot_be_migrated_is_found_while_the_guest_runs(host: Ho
     assert "does not take part in this update" in guest.words()
 
 
+def test_a_journal_that_cannot_be_written_leaves_no_guest_stopped(host: Host) -> None:
+    guest, slow = frozen(host)
+    last = guest.drain()
+    limit = resource.prlimit(guest.wrapper.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(guest.wrapper.pid, resource.RLIMIT_FSIZE, (0, limit[1]))
+    with host.world.client() as admin:
+        admin.abort(reason="called off")
+    assert guest.wait() == 70
+    slow.let_go()
+    guest.speak_until(last + 3)
+    host.aborted()
+    guest.start()
+    guest.whole()
+
+
 # -- luod is away
 
 
