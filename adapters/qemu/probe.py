@@ -15,11 +15,15 @@ and is kept for as long as the binary is the same file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import select
 import shutil
 import subprocess
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -282,48 +286,67 @@ def converse(
         {"execute": name, "arguments": dict(arguments), "id": number}
         for number, (name, arguments) in enumerate(commands)
     ]
-    lines += [{"execute": "quit"}]
     command = [
         str(binary), "-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S", "-qmp", "stdio", *options,
     ]  # fmt: skip
-    try:
-        run = subprocess.run(
-            command,
-            input="".join(json.dumps(line) + "\n" for line in lines),
-            capture_output=True,
-            text=True,
-            errors="replace",
-            pass_fds=fds,
-            timeout=timeout_s,
-            check=False,
-        )
-    except OSError as error:
-        raise QemuMissing(
-            f"{binary} cannot be executed: {error.strerror}", hint="is it a binary for this machine?"
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise NotQemu(
-            f"{binary} did not answer QMP within {timeout_s:g} s", hint="is it QEMU's system emulator?"
-        ) from None
-    messages = _messages(run.stdout)
+    with tempfile.TemporaryFile() as stderr:
+        try:
+            run = subprocess.Popen(
+                command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, pass_fds=tuple(fds),
+            )  # fmt: skip
+        except OSError as error:
+            raise QemuMissing(
+                f"{binary} cannot be executed: {error.strerror}", hint="is it a binary for this machine?"
+            ) from None
+        with run:
+            try:
+                text = "".join(json.dumps(line) + "\n" for line in lines)
+                messages = _answers(binary, run, text, len(commands), timeout_s)
+            finally:
+                run.kill()  # told to quit, it would drop what it has not written yet
+        stderr.seek(0)
+        said = stderr.read(4096).decode(errors="replace").strip()
     if not messages or "QMP" not in messages[0]:
-        said = run.stderr.strip().splitlines()
         raise NotQemu(
-            f"{binary} does not speak QMP (exit code {run.returncode}){': ' + said[0][:200] if said else ''}",
+            f"{binary} does not speak QMP{': ' + said.splitlines()[0][:200] if said else ''}",
             hint="name QEMU's system emulator, as qemu-system-x86_64",
         )
     answers = {message["id"]: message for message in messages if "id" in message}
     if len(answers) < len(commands):
         raise NotQemu(
-            f"{binary} ended in the middle of its answers (exit code {run.returncode}): {run.stderr.strip()[:200]}",
+            f"{binary} ended in the middle of its answers: {said[:200]}",
             hint="run it by hand with `-machine none` to see why",
         )
     return [answers[number] for number in range(len(commands))]
 
 
-def _messages(output: str) -> list[dict[str, Any]]:
-    """Decode lines of JSON objects; none at all if one of them is something else."""
-    try:
-        return [msgspec.json.decode(line, type=dict[str, Any]) for line in output.splitlines()]
-    except msgspec.DecodeError:
-        return []
+def _answers(
+    binary: Path, run: subprocess.Popen[bytes], text: str, count: int, timeout_s: float
+) -> list[dict[str, Any]]:
+    """Send commands, and return what comes until the last one is answered or the program ends; nothing if it is no JSON.
+
+    Raises `NotQemu` when it takes too long.
+    """
+    assert run.stdin is not None
+    assert run.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        run.stdin.write(text.encode())
+    until = time.monotonic() + timeout_s
+    poll = select.poll()
+    poll.register(run.stdout, select.POLLIN)
+    messages: list[dict[str, Any]] = []
+    rest = b""
+    while not any(message.get("id") == count - 1 for message in messages):
+        if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
+            raise NotQemu(
+                f"{binary} did not answer QMP within {timeout_s:g} s", hint="is it QEMU's system emulator?"
+            )
+        data = os.read(run.stdout.fileno(), 1 << 16)
+        if not data:
+            break
+        *lines, rest = (rest + data).split(b"\n")
+        try:
+            messages += [msgspec.json.decode(line, type=dict[str, Any]) for line in lines]
+        except msgspec.DecodeError:
+            return []
+    return messages

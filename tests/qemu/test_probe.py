@@ -142,6 +142,12 @@ def test_a_program_that_is_no_qemu(text: str, tmp_path: Path) -> None:
         probe(str(program))
 
 
+def test_answers_longer_than_a_pipe_are_read_whole(fake: Fake) -> None:
+    said = answers()
+    said[3]["return"] += [{"meta-type": "object", "name": "x" * 1000}] * 2000
+    assert probe(fake.write(said)).version == "10.0.2"
+
+
 def test_a_program_that_does_not_answer(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_text("#!/bin/sh\nexec tail -f /dev/null\n")

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wrapper_rig import Host, Tenant
+from wrapper_rig import Host, Tenant, is_ram, memfds_of
 
+from luod.adapters.qemu.identity import NO_RECORD, read_trailer
 from luod.adapters.qemu.monitor import Monitor
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
@@ -135,6 +136,8 @@ def test_a_refused_kexec_leaves_the_guest_in_the_same_process(host: Host) -> Non
     assert "EBUSY" in host.aborted()
     guest.whole()
     assert guest.qemu_lives()
+    marks = [read_trailer(fd) for fd in memfds_of(guest.qemu) if is_ram(fd)]
+    assert {(mark.generation, mark.record) for mark in marks} == {(1, NO_RECORD)}, "what was saved is stale"
     host.world.wait_record("session.bound", "vm1.2")
     host.kexec()
     host.reboot()
