@@ -6,7 +6,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from .emulator.syscalls import EmulatedSyscalls
 from .liveupdate.device import LiveUpdate
 from .liveupdate.syscalls import RealSyscalls
 
@@ -26,4 +25,6 @@ def open_kernel(
         return LiveUpdate(RealSyscalls(), held=held, busy_deadline=busy_deadline)
     if directory is None:
         raise ValueError("the emulator needs its directory")
+    from .emulator.syscalls import EmulatedSyscalls  # real hosts start without it
+
     return LiveUpdate(EmulatedSyscalls(directory), held=held, busy_deadline=busy_deadline)

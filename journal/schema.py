@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of the database. Layouts only grow: each step is one migration in one transaction.
+"""The steps to the layout of the database that `layout` names. Layouts only grow: each step is one migration in one transaction.
 
 `user_version` counts the steps, so that an older luod sees at once that it must keep away.
 """
@@ -7,11 +7,6 @@
 from __future__ import annotations
 
 from sqlite_utils import Database, Migrations
-
-APPLICATION_ID = 0x6C756F64
-"""ASCII `luod`, at byte 68 of the file."""
-VERSION = 1
-"""The layout that this version writes."""
 
 migrations = Migrations("luod.journal")
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one place that chooses the SQLite module: the one that sqlite-utils uses, so that its exceptions are ours.
+"""The one place that chooses the SQLite module: the one that sqlite-utils chooses, so that its exceptions are ours.
+
+sqlite-utils itself is not imported: it is needed for migrations alone, and takes a third of the time in which luod starts after a kexec.
 
 With pysqlite3 installed that is a SQLite without the log-reset bug of 3.7.0 to 3.51.2 (https://www.sqlite.org/wal.html#walresetbug).
 A journal is open in exclusive mode by one connection, which the bug needs two of; so an older SQLite is safe too.
@@ -14,7 +16,10 @@ from urllib.parse import quote
 if TYPE_CHECKING:
     import sqlite3 as sqlite
 else:
-    from sqlite_utils.utils import sqlite3 as sqlite
+    try:
+        import pysqlite3 as sqlite
+    except ImportError:
+        import sqlite3 as sqlite
 
 __all__ = ["READ_ERRORS", "Connection", "connect", "inspect", "pragma", "sqlite"]
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import audit, schema, volume, wal
+from . import audit, layout, volume, wal
 from .damage import Damage
 from .errors import (
     JournalDamaged,
@@ -187,12 +187,12 @@ def check(path: Path, *, decode: bool = False) -> audit.Audit:
 
 def version(connection: Connection, path: Path) -> int:
     """Return the version of the layout; raises `NotAJournal` and `NewerSchema`."""
-    if pragma(connection, "application_id") != schema.APPLICATION_ID:
+    if pragma(connection, "application_id") != layout.APPLICATION_ID:
         raise not_a_journal(path, "it is a database of another application")
     found = int(pragma(connection, "user_version"))
-    if found > schema.VERSION:
+    if found > layout.VERSION:
         raise NewerSchema(
-            f"{path} has layout {found}; this luod knows layouts up to {schema.VERSION}",
+            f"{path} has layout {found}; this luod knows layouts up to {layout.VERSION}",
             hint="run the newer luod again; nothing was changed",
         )
     if found < 1:
@@ -213,7 +213,7 @@ def header_fits(path: Path) -> None:
         raise damaged(path, [Damage("file", what, file=path.name, offset=0)])
     if head[:16] != b"SQLite format 3\0":
         raise not_a_journal(path, "it is not a SQLite database")
-    if int.from_bytes(head[68:72]) != schema.APPLICATION_ID:
+    if int.from_bytes(head[68:72]) != layout.APPLICATION_ID:
         raise not_a_journal(path, "it is a database of another application")
     if head[18:20] != b"\2\2":
         raise damaged(
@@ -257,7 +257,7 @@ def _create(path: Path) -> None:
     connection = connect(fresh)
     try:
         pragma(connection, "synchronous=FULL")
-        pragma(connection, f"application_id={schema.APPLICATION_ID}")
+        pragma(connection, f"application_id={layout.APPLICATION_ID}")
         pragma(connection, "journal_mode=WAL")
         _migrate(connection)
         name, now = str(uuid.uuid4()), time.time_ns()
@@ -299,9 +299,12 @@ def _configure(connection: Connection, path: Path) -> None:
 
 
 def _migrate(connection: Connection) -> None:
-    if pragma(connection, "user_version") == schema.VERSION:
+    if pragma(connection, "user_version") == layout.VERSION:
         return
+    # Most starts find the layout as it should be, and need neither.
     from sqlite_utils import Database
+
+    from . import schema
 
     schema.migrations.apply(Database(connection))
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import resource
-import socket
 import sys
 from pathlib import Path
 
 from ...states.errors import LuodError
 from ..kernel import open_kernel
+from ..notify import tell_ready
 from .server import Keeper, install_signals
 
 RESERVE = 512
@@ -56,7 +55,7 @@ def run(argv: list[str] | None = None) -> int:
         OSError
     ):  # the last to be killed when memory runs out, where that may be asked for
         Path("/proc/self/oom_score_adj").write_text("-900")
-    ready(args.ready_fd)
+    tell_ready(args.ready_fd)
     try:
         keeper.serve()
     finally:
@@ -69,21 +68,6 @@ def descriptors() -> int:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return hard - min(RESERVE, hard // 2)
-
-
-def ready(fd: int | None) -> None:
-    """Tell whoever wants to know that the sockets answer. That nobody listens any more is no reason to end."""
-    with contextlib.suppress(OSError):
-        if fd is not None:
-            os.write(fd, b"\n")
-            os.close(fd)
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if address:
-        with (
-            contextlib.suppress(OSError),
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
-        ):
-            sock.sendto(b"READY=1", "\0" + address[1:] if address.startswith("@") else address)
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ import anyio
 
 from ..adapters.keeper.client import Keeper
 from ..adapters.kernel import open_kernel
+from ..adapters.notify import tell_ready
 from ..engine.points import injector
 from ..journal.writer import Journal
 from ..states import events as ev
@@ -165,9 +166,7 @@ async def _serve(luod: Luod, run_directory: RunDirectory, args: argparse.Namespa
     group.start_soon(server.serve, listener)
     group.start_soon(_poll, server)
     with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-        if args.ready_fd is not None:
-            os.write(args.ready_fd, b"\n")
-            os.close(args.ready_fd)
+        tell_ready(args.ready_fd)
         log.info("serving %s, journal %s", luod.config.socket_path, luod.config.journal_path)
         async for number in signals:
             log.info("ending on %s", number.name)

@@ -5,7 +5,8 @@
 
 It mounts what a Linux program expects, opens the result port, reads the script from the state disk, carries out the steps of this
 boot and powers off. Which boot this is, it counts on the state disk itself, so a kexec into the same init continues with the next
-boot of the script no matter who built the command line.
+boot of the script no matter who built the command line. A boot may have another process 1 (`luod.lab.systemd`): then this one makes the
+file tree ready, becomes that program, and the steps are a service of it, `guest.py steps`.
 
 The root is the host's own file tree by 9p, read-only: every import costs round trips, so this file uses the standard library only and
 never imports luod. Steps run as child processes; they write more result lines with `LUOD_LAB_REPORT_FD`, an inherited descriptor of
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 STATE = "/run/state"
 LAB = f"{STATE}/lab"
+BOOTS = f"{LAB}/boots"
 HOST = "/run/host"
 PORT_NAME = "luod.lab"
 REPORT_VARIABLE = "LUOD_LAB_REPORT_FD"
@@ -82,6 +84,29 @@ def show_again(paths: list[str]) -> None:
         mount(f"{HOST}{path}", path, flags=BIND)
 
 
+def become_init(init: Json) -> NoReturn:
+    """Make the file tree ready for another process 1, and become it. Raises OSError."""
+    for number, path in enumerate(init["layered"]):
+        layer = f"/run/layers/{number}"
+        os.makedirs(f"{layer}/upper")
+        os.makedirs(f"{layer}/work")
+        mount("layer", path, "overlay", 0, f"lowerdir={path},upperdir={layer}/upper,workdir={layer}/work")
+    for path in init["empty"]:
+        mount("empty", path, "tmpfs", 0, "mode=755")
+    for path, place in init["kept"].items():
+        os.makedirs(place, exist_ok=True)
+        mount(place, path, flags=BIND)
+    for file in init["files"]:
+        os.makedirs(os.path.dirname(file["path"]), exist_ok=True)
+        fd = os.open(file["path"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, file["mode"])
+        os.write(fd, file["text"].encode())
+        os.close(fd)
+    for path, target in init["links"].items():
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        os.symlink(target, path)
+    os.execv(init["argv"][0], init["argv"])
+
+
 def open_port() -> int:
     """Open the virtio-serial port of the lab by its name; there is no udev to name its node."""
     base = "/sys/class/virtio-ports"
@@ -92,13 +117,17 @@ def open_port() -> int:
     raise FileNotFoundError(f"no virtio port {PORT_NAME}")
 
 
+def boots_begun() -> int:
+    """Return how many boots of the run have been counted."""
+    with contextlib.suppress(FileNotFoundError), open(BOOTS) as file:
+        return int(file.read() or 0)
+    return 0
+
+
 def count_boot() -> int:
     """Return the number of this boot in the run, from 0, and note on the state disk that it has begun."""
-    path = f"{LAB}/boots"
-    number = 0
-    with contextlib.suppress(FileNotFoundError), open(path) as file:
-        number = int(file.read() or 0)
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    number = boots_begun()
+    fd = os.open(BOOTS, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.write(fd, str(number + 1).encode())
     os.fsync(fd)
     os.close(fd)
@@ -361,16 +390,22 @@ class Guest:
 
 
 def main() -> NoReturn:
-    """Be the init."""
-    set_up_mounts()
+    """Be the init, or the steps of a boot that has another one."""
+    steps_only = sys.argv[1:] == ["steps"]
+    if not steps_only:
+        set_up_mounts()
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 524288))
-    port = open_port()
-    boot = count_boot()
+    boot = boots_begun() - 1 if steps_only else count_boot()
     with open(f"{LAB}/script.json", encoding="utf-8") as file:
         script = json.load(file)
-    show_again(script["show"])
+    port = open_port()
     guest = Guest(port, script, boot)
     try:
+        if not steps_only:
+            show_again(script["show"])
+            init = script["boots"][boot].get("init") if boot < len(script["boots"]) else None
+            if init:
+                become_init(init)
         guest.run()
     except BaseException as error:
         guest.report("fail", step=guest.step, message=f"init: {type(error).__name__}: {error}")
@@ -378,6 +413,6 @@ def main() -> NoReturn:
 
 
 if __name__ == "__main__":
-    if os.getpid() != 1:
+    if os.getpid() != 1 and sys.argv[1:] != ["steps"]:
         sys.exit("guest.py is the init of a lab machine: boot it with luod.lab.machine")
     main()

@@ -8,7 +8,6 @@ second boot the same commands are started again, with the newer QEMU first on th
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,17 +137,13 @@ def lab_guests(
     """
     setting = setting or GuestSetting(mib=GUEST_MIB, hz=5, ticks_of_a_pass=24, before=4)
     across = across or crossing()
-    scratch = directory.parent / f"{directory.name}.files"
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        content = {"tinyguest": tinyguest.write(scratch / "tinyguest").read_bytes()}
-    finally:
-        shutil.rmtree(scratch)
     machine = Machine(
         kernel, directory, memory_mib=1536 + guests * (2 * setting.mib + OWN_MIB), state_mib=256
     )
     script = guest_script(next_kernel, across, guests=guests, setting=setting, options=options)
-    outcome = machine.run(script, timeout_s=timeout_s, files=content, on_event=on_event).check()
+    outcome = machine.run(
+        script, timeout_s=timeout_s, files={"tinyguest": tinyguest.IMAGE}, on_event=on_event
+    ).check()
     told = judge(outcome, kernel, next_kernel)
     reports = guest_reports(outcome, guests, setting.mib * MIB)
     told["kernel"] = f"{told['kernel']}, {across}"

@@ -133,7 +133,7 @@ class Machine:
             shutil.rmtree(self.directory)
         self.directory.mkdir(parents=True, exist_ok=True)
         script = {
-            "boots": [{"steps": [step.as_json() for step in boot.steps]} for boot in boots],
+            "boots": [boot.as_json(self.environment) for boot in boots],
             "environment": self.environment,
             "show": _below_covered([*self._show, *_named_paths(boots)]),
         }

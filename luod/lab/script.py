@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .images import KernelImage
+from .systemd import Systemd
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 """The directory that `luod` is imported from: the checkout, or site-packages."""
@@ -105,7 +106,7 @@ class Boot:
     """The steps of one boot; `cold` boots start the machine again instead of coming from a kexec.
 
     `kernel` and `arguments` count for cold boots only: a kexec brings its own. `expect` is how the boot is meant to end: "panic" is for
-    kernels that must die at once.
+    kernels that must die at once. With `systemd` that is process 1, and the steps are one of its services.
     """
 
     steps: Sequence[Step]
@@ -113,3 +114,9 @@ class Boot:
     kernel: KernelImage | None = None
     arguments: str = DEFAULT_ARGUMENTS
     expect: Literal["done", "panic"] = "done"
+    systemd: Systemd | None = None
+
+    def as_json(self, environment: Mapping[str, str]) -> dict[str, Any]:
+        """Return what the guest reads."""
+        init = self.systemd.as_json(environment) if self.systemd is not None else None
+        return {"steps": [step.as_json() for step in self.steps], "init": init}

@@ -10,7 +10,6 @@ reached; 65 a guest that could not be restored, whose memory is kept; 70 the jou
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
 import os
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 import anyio
 
 from ..adapters.kernel import open_kernel
+from ..adapters.notify import tell_ready
 from ..adapters.qemu.guest import Timeouts
 from ..engine.points import Points, Stage, injector, nowhere
 from ..engine.runner import Engine
@@ -205,7 +205,7 @@ async def live(name: str, command: list[str], args: argparse.Namespace) -> int:
         )
         wrapper = Wrapper(
             engine, vm, plan, args.socket, policy=args.policy, order=args.order, deadline_s=args.deadline,
-            ready=functools.partial(_tell_ready, args.ready_fd),
+            ready=functools.partial(tell_ready, args.ready_fd),
         )  # fmt: skip
         freezers.append(wrapper.freezer)
         try:
@@ -222,13 +222,6 @@ def points(kill_at: str, trace: Path | None) -> Points:
         injector(name if kill_at and name.endswith(kill_at) else "", trace)(key, stage)
 
     return reached if kill_at or trace else nowhere
-
-
-def _tell_ready(fd: int | None) -> None:
-    if fd is not None:
-        with contextlib.suppress(BrokenPipeError):  # whoever wanted to know has gone
-            os.write(fd, b"\n")
-        os.close(fd)
 
 
 def main() -> None:

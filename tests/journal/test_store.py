@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from luod.journal import schema, store, volume
+from luod.journal import layout, store, volume
 from luod.journal.errors import (
     JournalBusy,
     JournalDamaged,
@@ -102,7 +102,7 @@ def test_a_link_to_the_journal_is_the_same_journal(opened, path):
 
 def test_a_newer_layout_is_left_alone(path):
     filled(path)
-    change(path, f"PRAGMA user_version={schema.VERSION + 1}")
+    change(path, f"PRAGMA user_version={layout.VERSION + 1}")
     assert refuses(path, NewerSchema, "has layout 2").exit_code == 5
 
 
@@ -255,5 +255,5 @@ def test_durability_that_does_not_stick_is_refused(path, monkeypatch):
 
 def test_the_layout_is_recorded_by_its_migration(opened, path):
     connection = opened()._store.connection
-    assert pragma(connection, "user_version") == schema.VERSION
+    assert pragma(connection, "user_version") == layout.VERSION
     assert connection.execute("SELECT name FROM _sqlite_migrations").fetchall() == [("m001_events",)]
