@@ -66,6 +66,14 @@ class Plan:
         return adapt(self.command, self.capabilities(), recorded_machine=recorded_machine)
 
 
+def look_ahead(plan: Plan, vm: Vm) -> None:
+    """See that the QEMU which will start a running guest again is there and can: it may have been replaced since.
+
+    Its answers are kept, so that they need not be asked for while the guest stands still. Raises `QemuUnusable` and `NotAdaptable`.
+    """
+    plan.adapted(hardware(vm.argv()[1:]).machine)
+
+
 def cpu_features(plan: Plan, vm: Vm) -> tuple[str, ...]:
     """Return what the CPU model of a running guest means on this host; empty where it means the same everywhere."""
     seen = hardware(vm.argv()[1:])

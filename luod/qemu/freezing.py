@@ -22,7 +22,7 @@ from ..engine.ports import Intent, Json
 from ..engine.runner import Engine
 from ..states.errors import LuodError
 from ..states.fold import Effect
-from .effects import RECORD_TOKEN, VMSTATE_TOKEN, Plan, cpu_features, ram_tokens
+from .effects import RECORD_TOKEN, VMSTATE_TOKEN, Plan, cpu_features, look_ahead, ram_tokens
 from .vm import RECORD, VMSTATE, Vm
 
 FREEZE = "/freeze"
@@ -80,6 +80,7 @@ class Freezer:
         vm = self.vm
         try:
             await anyio.to_thread.run_sync(lambda: precheck(vm.guest, devices=vm.devices))
+            await anyio.to_thread.run_sync(look_ahead, self.plan, vm)
             await self._cpu_features()
         except LuodError as error:
             raise Refusal(error.message, getattr(error, "errno", ""), hint=error.hint) from error

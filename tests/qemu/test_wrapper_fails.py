@@ -182,6 +182,36 @@ def test_a_device_that_cannot_be_migrated_is_found_while_the_guest_runs(host: Ho
     assert "does not take part in this update" in guest.words()
 
 
+@pytest.mark.parametrize("now", ["", "#!/bin/sh\nexit 1\n"], ids=["gone", "unusable"])
+def test_a_qemu_that_could_not_start_the_guest_again_is_found_while_it_runs(
+    now: str, host: Host, tmp_path: Path
+) -> None:
+    program = tmp_path / "qemu-system-x86_64"
+    program.symlink_to(shutil.which("qemu-system-x86_64") or "")
+    guest = host.tenant()
+    guest.command[0] = str(program)
+    guest.start()
+    guest.speak()
+    host.world.control.inject("reboot", errno=16)
+    host.kexec()
+    assert "EBUSY" in host.aborted()
+    host.world.wait_record("session.bound", "vm1.2")
+    for number in (2, 3):  # what was found out for an earlier update does not stand for the next one
+        program.rename(tmp_path / "aside")
+        if now:
+            program.write_text(now)
+            program.chmod(0o755)
+        host.kexec()
+        assert str(program) in host.aborted(f"update/{number}")
+        host.world.wait_record("session.bound", f"vm1.{number + 1}")
+        program.unlink(missing_ok=True)
+        (tmp_path / "aside").rename(program)
+    host.kexec()
+    host.reboot()
+    guest.start()
+    guest.whole()
+
+
 def test_a_journal_that_cannot_be_written_leaves_no_guest_stopped(host: Host) -> None:
     guest, slow = frozen(host)
     last = guest.drain()
