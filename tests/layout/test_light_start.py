@@ -41,7 +41,7 @@ def test_a_start_with_a_journal_that_is_there_loads_no_migrations(disk_path: Pat
         assert not loaded & {"click", "rich", "dateutil", "multiprocessing"}
 
 
-def test_the_journal_uses_the_sqlite_that_sqlite_utils_chooses() -> None:
+def test_there_is_one_sqlite() -> None:
     from sqlite_utils.utils import sqlite3
 
     assert sqlite.sqlite is sqlite3
