@@ -24,6 +24,14 @@ FREEZE = ["preserve/0x100/ram0", "preserve/0x10/record", "pause", "save", "recor
 FINAL = {"qemu.resume:after_outcome", "finish:after_outcome"}
 """Not reached once the effect has been found done: they get a restore of their own."""
 
+DIES_BEFORE_CONT = """
+import os, signal
+from luod.adapters.qemu import operations
+from luod.qemu import command
+operations.Resume.apply = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+command.main()
+"""
+
 
 @pytest.fixture
 def host(disk_path: Path) -> Iterator[Host]:
@@ -90,6 +98,21 @@ def test_killed_at_every_point_of_a_restore(host: Host, tmp_path: Path) -> None:
         guest.start()
         guest.whole()
         assert host.session(f"vm1.{first + 1}")["state"] == "finished"
+
+
+def test_killed_when_the_memory_is_marked_and_the_guest_has_not_gone_on(host: Host) -> None:
+    """No other QEMU may start on memory that says the guest may have run: the one that has it goes on, though it stands still."""
+    guest = host.tenant()
+    guest.start()
+    guest.speak()
+    host.kexec()
+    host.reboot()
+    guest.start(wait=False, program=("-c", DIES_BEFORE_CONT))
+    assert guest.wait() == -signal.SIGKILL, guest.words()
+    guest.start()
+    assert f"adopted QEMU {guest.qemu}" in guest.words()
+    guest.whole()
+    assert host.session("vm1.1")["state"] == "finished"
 
 
 @pytest.mark.parametrize("kexec", [True, False], ids=["the update goes on", "the update is called off"])

@@ -74,11 +74,17 @@ class Tenant:
 
     # -- luo-qemu
 
-    def start(self, *options: object, more: Sequence[str] = (), wait: bool = True) -> None:
-        """Start luo-qemu; wait until its guest runs and luod knows it, or until it has ended."""
+    def start(
+        self,
+        *options: object,
+        more: Sequence[str] = (),
+        wait: bool = True,
+        program: Sequence[str] = ("-m", "luod.qemu.command"),
+    ) -> None:
+        """Start luo-qemu; wait until its guest runs and luod knows it, or until it has ended. `program` is another one in its place."""
         ready, ready_end = os.pipe()
         argv = [
-            sys.executable, "-m", "luod.qemu.command", "--name", self.name, "--socket", self.world.socket, "--state", self.state,
+            sys.executable, *program, "--name", self.name, "--socket", self.world.socket, "--state", self.state,
             "--run", self.run, "--kernel", "emulated", "--emulator", self.world.emulator_dir, "--slow", 4, "--volatile",
             "--ready-fd", ready_end, *options, "--", *self.command, *more,
         ]  # fmt: skip
