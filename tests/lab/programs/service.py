@@ -16,8 +16,14 @@ from luod.lab.report import emit
 PROPERTIES = ("MainPID", "NRestarts", "ActiveState", "SubState", "Result", "ControlGroup")
 
 
-def facts(unit: str) -> None:
-    """Emit what systemd knows of a unit, and which processes are in it: pid -> program."""
+def facts(*units: str) -> None:
+    """Emit what systemd knows of units, and which processes are in them: pid -> program."""
+    for unit in units:
+        facts_of(unit)
+
+
+def facts_of(unit: str) -> None:
+    """Emit what systemd knows of one unit."""
     shown = subprocess.run(
         ["systemctl", "show", "--property", ",".join(PROPERTIES), unit],
         check=True, capture_output=True, text=True,
