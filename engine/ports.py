@@ -149,6 +149,17 @@ class Kernel(Protocol):
         """reboot(LINUX_REBOOT_CMD_KEXEC): returns only by raising the refusal."""
         ...
 
+    def sync(self) -> int:
+        """Begin to write every file system back; return an fd, the caller's, that becomes readable when that has ended.
+
+        Nobody has to wait for it: closing the fd earlier leaves the sync alone. This and `synced` do not block.
+        """
+        ...
+
+    def synced(self, fd: int) -> None:
+        """Take the outcome of a sync whose fd has become readable, and leave the fd open. Raises when it came to nothing."""
+        ...
+
 
 class Custody(Protocol):
     """A second holder of session fds, which outlives luod: luod-keeper, or systemd's fd store.

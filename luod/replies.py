@@ -126,6 +126,8 @@ class UpdateView(msgspec.Struct, frozen=True):
     entered: dict[str, EnteredView]
     reason: str
     anomalies: tuple[Any, ...]
+    unwritten: str = ""
+    """Why the file systems were not written back before the freeze; empty when they were, or need not be."""
 
 
 class ClientView(msgspec.Struct, frozen=True):

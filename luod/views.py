@@ -70,8 +70,8 @@ def update_json(update: Update) -> Reply:
     """Return an update as every tool shows it."""
     return {
         "id": update.id, "number": update.number, "state": str(update.state), "sessions": list(update.sessions),
-        "dropped": list(update.dropped), "paused": update.paused, "box": update.box, "counts": update.counts,
-        "refused": update.refused, "effects": _effects_json(update), "entered": _entered_json(update),
+        "dropped": list(update.dropped), "unwritten": update.unwritten, "paused": update.paused, "box": update.box,
+        "counts": update.counts, "refused": update.refused, "effects": _effects_json(update), "entered": _entered_json(update),
         "reason": update.reason or update.abort_reason, "anomalies": list(update.anomalies),
     }  # fmt: skip
 

@@ -256,11 +256,15 @@ class UpdateStarted(Event, frozen=True):
 
 
 class UpdateArmed(Event, frozen=True):
-    """The barrier is passed: these sessions go, those were dropped by their policy."""
+    """The barrier is passed: these sessions go, those were dropped by their policy.
+
+    `unwritten` says why the file systems were not written back before, and is left out where they were or need not be.
+    """
 
     TYPE = "update.armed.v1"
     sessions: tuple[str, ...]
     dropped: tuple[str, ...] = ()
+    unwritten: str | msgspec.UnsetType = msgspec.UNSET
 
 
 class UpdateDisarmed(Event, frozen=True):

@@ -105,6 +105,7 @@ class Update(Streamed, frozen=True, kw_only=True):
     number: int = 0
     sessions: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    unwritten: str = ""
     by_uid: int = -1
     deadline_s: float = 0.0
     box: str = ""
@@ -228,7 +229,10 @@ def _update(event: ev.Event, at: At) -> dict[str, Any]:
                 "sessions": event.sessions,
             }  # fmt: skip
         case ev.UpdateArmed():
-            return {"sessions": event.sessions, "dropped": event.dropped, "paused": False}
+            return {
+                "sessions": event.sessions, "dropped": event.dropped, "paused": False,
+                "unwritten": event.unwritten or "",
+            }  # fmt: skip
         case ev.UpdateDisarmed():
             return {"paused": True, "reason": event.reason}
         case ev.UpdateRebooting():

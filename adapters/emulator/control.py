@@ -22,7 +22,17 @@ class Control:
     """A client of D/control. Every refusal is an OSError with the errno of the emulated kernel."""
 
     def __init__(self, directory: Path, *, timeout: float | None = None) -> None:
-        self._sock = wire.connect(directory, wire.CONTROL_SOCKET, socket.SOCK_STREAM)
+        self._take(wire.connect(directory, wire.CONTROL_SOCKET, socket.SOCK_STREAM), timeout)
+
+    @classmethod
+    def on(cls, fd: int) -> Control:
+        """Return the client of a connection that `detach` gave away; the fd is the client's from now on."""
+        made = cls.__new__(cls)
+        made._take(socket.socket(fileno=fd), None)
+        return made
+
+    def _take(self, sock: socket.socket, timeout: float | None) -> None:
+        self._sock = sock
         self._sock.settimeout(timeout)
         self._buffer = b""
 
@@ -38,8 +48,17 @@ class Control:
         """Hang up."""
         self._sock.close()
 
+    def detach(self) -> int:
+        """Give the connection away, as an fd that is readable once an answer is there."""
+        return self._sock.detach()
+
     def call(self, op: str, fds: list[int] | None = None, **fields: object) -> dict[str, Any]:
         """Send one request and return its answer. TimeoutError after the timeout of the connection."""
+        self.ask(op, fds, **fields)
+        return self.answer()
+
+    def ask(self, op: str, fds: list[int] | None = None, **fields: object) -> None:
+        """Send one request."""
         line = msgspec.json.encode({"op": op, **fields}) + b"\n"
         sent = self._sock.sendmsg(
             [line],
@@ -50,6 +69,9 @@ class Control:
         )
         if sent < len(line):
             self._sock.sendall(line[sent:])
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for the next answer and return it."""
         while b"\n" not in self._buffer:
             data = self._sock.recv(1 << 16)
             if not data:

@@ -90,6 +90,7 @@ class Desk:
             "KEXEC_UNLOAD": self._kexec_unload,
             "KEXEC_LOADED": lambda _: {"loaded": self._machine.loaded is not None},
             "REBOOT_KEXEC": self._reboot_kexec,
+            "SYNC": self._sync,
             "COLD_REBOOT": self._cold_reboot,
             "WAIT_BOOT": self._wait_boot,
             "ATTACH": self._attach,
@@ -247,6 +248,20 @@ class Desk:
         self._machine.loaded = None
         self._machine.record("KEXEC_UNLOAD", ask.client.pid)
         return {}
+
+    def _sync(self, ask: Ask) -> Reply | None:
+        code = self._machine.faults.errno("sync")
+        if code:
+            raise Refused(code)
+        fault = self._machine.faults.match("call", op="SYNC")
+
+        def end() -> Reply | None:
+            if fault is not None and not fault.released:
+                return None
+            self._machine.record("SYNC", ask.client.pid)
+            return {}
+
+        return self._when(ask.client, end)
 
     def _reboot_kexec(self, ask: Ask) -> Reply | None:
         if self._server.jump_fault is not None:

@@ -2,10 +2,10 @@
 """Faults on order: errnos at named points of the kernel, and calls that are held until they are released.
 
 Points that take an errno:
-  open deserialize create retrieve_session preserve freeze retrieve can_finish load reboot
+  open deserialize create retrieve_session preserve freeze retrieve can_finish load reboot sync
   device  an ioctl on a device file (`op`), before it is executed
 Points that hold:
-  call    before the ioctl `op` is executed
+  call    before the ioctl `op`, or a SYNC, is executed
   reply   after it was executed and before its caller hears of it
   jump    between freeze and jump, while every call blocks
 """
@@ -26,6 +26,7 @@ ERRNO_POINTS = frozenset(
         "can_finish",
         "load",
         "reboot",
+        "sync",
         "device",
     }
 )

@@ -86,6 +86,17 @@ class EmulatedSyscalls:
             control.kexec()
         raise OSError(errno.ECHILD, "the emulated machine was rebooted and this process was spared")
 
+    def sync(self) -> int:
+        """Tell the emulated kernel, which notes it; the disks of this machine are left alone."""
+        with self._control() as control:
+            control.ask("SYNC")
+            return control.detach()
+
+    def synced(self, fd: int) -> None:
+        """Read the answer."""
+        with Control.on(os.dup(fd)) as control:
+            control.answer()
+
     def diagnose(self, error: OSError) -> DeviceStatus:
         """Say what the error means for an emulator."""
         where = str(self._directory)

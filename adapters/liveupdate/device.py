@@ -307,3 +307,19 @@ class LiveUpdate:
             self.syscalls.reboot_kexec()
         except OSError as error:
             raise kernel_error("reboot", "KEXEC", error) from error
+
+    # -- file systems ----------------------------------------------------------------------------------------------------------
+
+    def sync(self) -> int:
+        """Begin to write every file system back; return an fd that becomes readable at the end, and that the caller closes."""
+        try:
+            return self.syscalls.sync()
+        except OSError as error:
+            raise kernel_error("sync", "", error) from error
+
+    def synced(self, fd: int) -> None:
+        """Take the outcome of a sync whose fd has become readable."""
+        try:
+            self.syscalls.synced(fd)
+        except OSError as error:
+            raise kernel_error("sync", "", error) from error

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import NoReturn, Protocol
 
@@ -20,6 +21,8 @@ from . import abi
 from .diagnosis import diagnose
 
 DEVICE = Path("/dev/liveupdate")
+SYNC = "posix.sync()"
+_ALONE = "import posix; posix.closerange(3, 1 << 20); "  # also what somebody else left inheritable
 
 
 class Syscalls(Protocol):
@@ -47,6 +50,14 @@ class Syscalls(Protocol):
 
     def reboot_kexec(self) -> NoReturn:
         """Jump into the loaded image. It only comes back by an OSError, and then nothing was changed."""
+        ...
+
+    def sync(self) -> int:
+        """Have all file systems written back, beside this process; return an fd that becomes readable when it has ended."""
+        ...
+
+    def synced(self, fd: int) -> None:
+        """Take the outcome of a sync that has ended, once; an OSError when it failed."""
         ...
 
     def diagnose(self, error: OSError) -> DeviceStatus:
@@ -139,6 +150,28 @@ class RealSyscalls:
             "reboot", ctypes.c_int(magic - (1 << 32)), ctypes.c_int(magic2), ctypes.c_int(_REBOOT_KEXEC), None
         )
         raise OSError(errno.EIO, "reboot(KEXEC) came back without an error")
+
+    def sync(self) -> int:
+        """Start a process that writes all file systems back, and does nothing else; return its pidfd.
+
+        A process and no thread: a sync that waits for a dead disk cannot even be killed, and as a thread it would keep every fd and
+        every lock of this process from the next luod for as long.
+        """
+        null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
+        pid = os.posix_spawn(
+            sys.executable,
+            [sys.executable, "-I", "-S", "-c", _ALONE + SYNC],
+            os.environ,
+            file_actions=null,
+            setsid=True,
+        )
+        return os.pidfd_open(pid)
+
+    def synced(self, fd: int) -> None:
+        """Reap the process. sync(2) itself cannot fail, but its process can be killed."""
+        end = os.waitid(os.P_PIDFD, fd, os.WEXITED)
+        if end is None or (end.si_code, end.si_status) != (os.CLD_EXITED, 0):
+            raise OSError(errno.EINTR, f"the process that calls sync(2) was ended: {end}")
 
     def diagnose(self, error: OSError) -> DeviceStatus:
         """Look into /proc for the reason."""

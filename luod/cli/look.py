@@ -144,6 +144,8 @@ def course(update: Json) -> str:
         parts = [number(len(update["sessions"]), "session")]
     if update["dropped"]:
         parts.append(f"dropped {listed(update['dropped'])}")
+    if update.get("unwritten"):
+        parts.append(f"file systems not written back: {update['unwritten']}")
     if update["paused"] and update["state"] == "preparing":
         parts.append("waits for a person: `luoctl kexec` goes on, `luoctl abort` undoes it")
     elif update["reason"]:

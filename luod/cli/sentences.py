@@ -93,7 +93,10 @@ def _started(body: Body) -> str:
 
 def _armed(body: Body) -> str:
     dropped = f"; dropped: {listed(body['dropped'])}" if body.get("dropped") else ""
-    return f"everybody is ready: {listed(body['sessions'])}{dropped}"
+    unwritten = (
+        f"; the file systems were not written back: {body['unwritten']}" if body.get("unwritten") else ""
+    )
+    return f"everybody is ready: {listed(body['sessions'])}{dropped}{unwritten}"
 
 
 def _done(body: Body) -> str:

@@ -60,6 +60,13 @@ class Order(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long, from the new kernel's start, a CLAIM waits for those that should come before it; and how long for a free place."""
 
 
+class Updating(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What luod does in an update beside what it asks of its clients."""
+
+    sync_s: Seconds = 10.0
+    """How long FREEZE waits for the file systems to be written back; 0 leaves them as they are."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """All settings."""
 
@@ -75,6 +82,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     deadlines: Deadlines = Deadlines()
     limits: Limits = Limits()
     order: Order = Order()
+    update: Updating = Updating()
 
     @property
     def journal_path(self) -> Path:

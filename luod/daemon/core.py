@@ -29,13 +29,14 @@ from ..states.table import SessionState as S
 from .blackbox import BlackBox
 from .config import Config
 from .connection import Connection
-from .director import Director, pid_alive
+from .director import Director, now, pid_alive
 from .effects import Held, all_effects
 from .ending import Ending
 from .peers import Peer
 from .pulse import Pulse
 from .second_holder import SecondHolder
 from .turns import Turns
+from .writeback import WriteBack
 
 if TYPE_CHECKING:
     from ..journal.record import Record
@@ -71,6 +72,7 @@ class Luod:
         self.director = Director(self)
         self.ending = Ending(self)
         self.turns = Turns(self)
+        self.write_back = WriteBack(self, now)
         self.second_holder = SecondHolder(self)
         self.leaving: set[str] = set()
         self.told_abort: set[str] = set()

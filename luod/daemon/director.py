@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 import anyio.lowlevel
+import msgspec
 
 from ..engine import barrier, turns
 from ..engine.errors import Refused
@@ -182,6 +183,13 @@ class Director:
         going = await self._barrier(update, "preserved", deadline, dropped)
         if going is None:
             return
+        unwritten = await self.luod.write_back.wait(update, deadline, lambda: self._goes_on(update, dropped))
+        if unwritten is None:
+            return
+        # Once more: who subscribed meanwhile is not left behind.
+        going = await self._barrier(update, "preserved", deadline, dropped)
+        if going is None:
+            return
         self._all_preserved = True
         self.luod.checkpoint()  # the last quiet moment: from here every fsync is blackout
         freeze_by = min(deadline, now() + self.luod.config.deadlines.freeze_s)
@@ -189,7 +197,8 @@ class Director:
         if going is None:
             return
         try:
-            await self.engine.record((update, ev.UpdateArmed(tuple(going), tuple(dropped))))
+            armed = ev.UpdateArmed(tuple(going), tuple(dropped), unwritten or msgspec.UNSET)
+            await self.engine.record((update, armed))
         except IllegalTransition as error:
             await self._stop(update, str(error))
             return
@@ -245,25 +254,48 @@ class Director:
                 await self._invite(update)
             else:
                 self._freeze_next([one for one in among if one not in dropped], deadline)
-            verdict = barrier.judge(
-                name,
-                [one for one in self._participants(update, among) if one.id not in dropped],
-                now=now(),
-                since=since,
-                deadline=deadline,
-                is_gone=self.luod.is_gone,
-            )
-            for trouble in verdict.drop:
-                dropped.append(trouble.session)
-                self.luod.spawn(self.luod.ending.undo, [trouble.session], trouble.why)
-            if verdict.abort:
-                await self._stop(update, verdict.abort)
+            verdict = await self._judge(update, name, since, deadline, dropped, among)
+            if verdict is None:
                 return None
             if verdict.go is not None:
                 return list(verdict.go)
             if not verdict.drop:
                 with anyio.move_on_after(max(0.0, verdict.wake - now()) + 0.001):
                     await beat.wait()
+
+    async def _judge(
+        self,
+        update: str,
+        name: str,
+        since: float,
+        deadline: float,
+        dropped: list[str],
+        among: Sequence[str] = (),
+    ) -> barrier.Verdict | None:
+        """Ask a barrier, and undo whom it drops; return its verdict, or None when the update is being undone."""
+        verdict = barrier.judge(
+            name,
+            [one for one in self._participants(update, among) if one.id not in dropped],
+            now=now(),
+            since=since,
+            deadline=deadline,
+            is_gone=self.luod.is_gone,
+        )
+        for trouble in verdict.drop:
+            dropped.append(trouble.session)
+            self.luod.spawn(self.luod.ending.undo, [trouble.session], trouble.why)
+        if verdict.abort:
+            await self._stop(update, verdict.abort)
+            return None
+        return verdict
+
+    async def _goes_on(self, update: str, dropped: list[str]) -> bool:
+        """Look who has died, refused or changed his mind while luod itself is busy; say whether the update goes on."""
+        never = float("inf")
+        return (
+            not self._update(update).abort_reason
+            and await self._judge(update, "ready", never, never, dropped) is not None
+        )
 
     def _participants(self, update: str, among: Sequence[str] = ()) -> list[Session]:
         """Return everybody the update has to wait for: also those that subscribed and have no kernel session yet.

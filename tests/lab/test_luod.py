@@ -8,19 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from luod.lab.script import Boot, cut_power
+from luod.lab.script import STATE, Boot, cut_power, run
 from luod.lab.update import MIB, judge, keeper, luod, update_script
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(500)]
 
 CLIENTS = 3
 SIZE = 8 * MIB
+SCRIPT, WRITTEN = "lab/script.json", "written-before-the-order"
+
+
+def writes_before_the_order(boots: list[Boot]) -> list[Boot]:
+    """Let a file be written, and never synced by its writer, as the last thing before the order.
+
+    Without luod's sync it is on the disk after 30 s at the earliest (vm.dirty_expire_centisecs), and empty until then.
+    """
+    write = run("write", ["/bin/cp", STATE / SCRIPT, STATE / WRITTEN])
+    *steps, order = boots[0].steps
+    return [Boot([*steps, write, order]), *boots[1:]]
 
 
 @pytest.fixture(scope="module")
 def update(pair, run_lab):
     old, new = pair
-    boots = update_script(new, clients=CLIENTS, size=SIZE)
+    boots = writes_before_the_order(update_script(new, clients=CLIENTS, size=SIZE))
     done = run_lab(f"luod-{old.version}-{new.version}", old, boots, timeout_s=420).check()
     return done, judge(done, old, new)
 
@@ -39,6 +50,11 @@ def test_both_journals_and_the_timeline_are_left(update) -> None:
     assert Path(told["journal"]).is_file()
     assert done.file("luod-after-boot-0/journal.db").is_file()
     assert re.search(r"vm0", (done.directory / "timeline.txt").read_text("utf-8"))
+
+
+def test_a_file_that_nobody_had_synced_is_on_the_disk(update) -> None:
+    done, _ = update
+    assert done.file(WRITTEN).read_bytes() == done.file(SCRIPT).read_bytes()
 
 
 def test_power_cut_instead_of_the_update_makes_no_one_hang(newest, run_lab) -> None:
