@@ -132,7 +132,7 @@ class EmulatedVmm:
         memfd.seal_for_preservation(fd)
         self.host.fds.keep(MEMORY, fd)
         async with self.engine() as engine, await self.link() as link:
-            await set_up(engine, self.name, self.guest)
+            await set_up(engine, self.host, self.name, self.guest)
             self.guest = observe(self.guest, self.host)
             good = self.dma(f"{self.name} before")
             preservation = Preservation(engine, self.host, self.name, self.guest, devices=self.devices)
@@ -215,7 +215,7 @@ class EmulatedVmm:
         self.host.fds.keep(MEMORY, fd)
         self.host.session_fd = session_fd
         async with self.engine() as engine:
-            await set_up(engine, self.name, self.guest)
+            await set_up(engine, self.host, self.name, self.guest)
             preservation = Preservation(
                 engine, self.host, self.name, observe(self.guest, self.host), devices=self.devices
             )

@@ -37,7 +37,7 @@ ONCE = {
         "IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_HWPT_LU_RESTORE",
         "IOMMU_HWPT_ALLOC", "IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE",
     ),
-    "reattach": ("IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_HWPT_ALLOC"),
+    "reattach": ("IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD"),
 }  # fmt: skip
 MODES = [(devices, kept) for devices in ("preserve", "reattach") for kept in (True, False)]
 
@@ -54,7 +54,7 @@ class Arrival:
         self._address, *also = addresses
         journal = IN_MEMORY / world.dir.name / f"{name}.{next(NUMBERS)}" / "journal.db"
         self._options: dict[str, Any] = {
-            "devices": devices, "kept": kept, "journal": journal, "also": tuple(also)
+            "devices": devices, "own_tables": devices == "preserve", "kept": kept, "journal": journal, "also": tuple(also)
         }  # fmt: skip
         self._pids: set[int] = set()
 
@@ -234,7 +234,7 @@ def test_page_tables_of_two_devices_are_told_apart(machines: dict[str, World], t
 
 
 def planned(devices: str) -> list[str]:
-    found = plans(guest_with(ADDRESSES[0]), devices)  # type: ignore[arg-type]
+    found = plans(guest_with(ADDRESSES[0], own_tables=devices == "preserve"), devices)  # type: ignore[arg-type]
     return [f"{one.token}/{step.step}" for one in found for step in one.plan]
 
 
