@@ -54,6 +54,10 @@ class DeviceFiles(Protocol):
         """Map a part of a device file, shared, for reading and writing."""
         ...
 
+    def speaks_proposed(self) -> bool:
+        """Say whether the kernel behind these files gives the numbers of `adapters.proposed` the meaning that they have there."""
+        ...
+
 
 class SystemCalls:
     """The running kernel."""
@@ -92,6 +96,10 @@ class SystemCalls:
     def mmap(self, fd: int, length: int, offset: int) -> mmap.mmap:
         """Map, shared."""
         return mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
+
+    def speaks_proposed(self) -> bool:
+        """Say no: nothing of it is merged, and a kernel cannot be asked what one of its numbers means."""
+        return False
 
 
 def _restarted(fd: int, request: int, argument: bytearray | int) -> int:

@@ -10,6 +10,7 @@
         WrongOrder           a call before the one that it needs
         MappingRefused       memory that cannot be mapped there or like this
         TooOld               this kernel does not know the call
+        NotMerged            no released kernel knows the call; it was not made
 
 An errno means different things on different calls, so the class is chosen by operation and errno together
 (drivers/vfio/device_cdev.c, vfio_main.c, group.c, pci/vfio_pci_core.c; drivers/iommu/iommufd of Linux 7.3).
@@ -52,6 +53,10 @@ class MappingRefused(PassthroughError):
 
 class TooOld(PassthroughError):
     """This kernel does not know the call."""
+
+
+class NotMerged(PassthroughError):
+    """A call that is only proposed (`adapters.proposed`), on a kernel that may have given its number to another. It was not made."""
 
 
 _Row = tuple[type[PassthroughError], str]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is proposed upstream for live update of iommufd and VFIO and is NOT merged: every number and string of it, and only here.
 
-No released kernel knows any of this; Linux 7.3 answers ENOTTY and ENOENT. The emulator speaks it when it is given the plug-ins of
-`emulator.passthrough`. On the day the series are merged this file is what has to be compared with the headers.
+No released kernel knows any of this; Linux 7.3 answers ENOTTY and ENOENT, a later one may answer otherwise. The emulator speaks it when
+it is given the plug-ins of `emulator.passthrough`, and says so (`chardev.DeviceFiles.speaks_proposed`); a real kernel is never asked.
+On the day the series are merged this file is what has to be compared with the headers.
 
 Sources, and what is certain of it:
 

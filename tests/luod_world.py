@@ -10,7 +10,6 @@ import array
 import contextlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -22,13 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from forked import PATIENCE_S, Child, ForkedProgram
+
 from luod.adapters import memfd
 from luod.adapters.emulator.images import stub_image
 from luod.adapters.emulator.process import Emulator
 from luod.adapters.kernel import open_kernel
 from luod.client import Client, ClientError, Timeout
 
-PATIENCE_S = 30.0
 CMDLINE = "kho=on liveupdate=on"
 
 
@@ -87,7 +87,7 @@ class World:
         self.log.touch()
         self.image = stub_image(self.dir / "next-kernel")
         self.luod: Program | None = None
-        self.keeper: Program | None = None
+        self.keeper: Program | ForkedProgram | None = None
         self.emulator = Emulator.start(self.emulator_dir, **machine)
         self.control = self.emulator.control(timeout=PATIENCE_S)
         self.control.spare(os.getpid())
@@ -100,11 +100,12 @@ class World:
         self.start_keeper()
         self.start_luod()
 
-    def start_keeper(self, *more: object) -> Program:
+    def start_keeper(self, *more: object, forked: bool = False) -> Program | ForkedProgram:
         backend = ("--kernel", "emulated", "--emulator", self.emulator_dir)
-        self.keeper = Program(self.log, "luod.adapters.keeper", "--dir", self.run, *backend, *more)
-        self.control.attach(self.keeper.pid)
-        return self.keeper
+        kind = ForkedProgram if forked else Program
+        self.keeper = keeper = kind(self.log, "luod.adapters.keeper", "--dir", self.run, *backend, *more)
+        self.control.attach(keeper.pid)
+        return keeper
 
     def start_luod(self, *more: object) -> Program:
         args = ("--config", self.config, "--kernel", "emulated", "--emulator", self.emulator_dir)
@@ -213,26 +214,20 @@ class Puppet:
 
     def __init__(self, world: World, uid: int = 0) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._pid = os.fork()
-        if self._pid == 0:
-            code = 1
-            try:
-                ours.close()
-                if uid:
-                    os.setgroups([])
-                    os.setresgid(uid, uid, uid)
-                    os.setresuid(uid, uid, uid)
-                _Strings(world, theirs).serve()
-                code = 0
-            except BaseException as error:
-                os.write(2, f"puppet {uid}: {error!r}\n".encode())
-            finally:
-                os._exit(code)
+
+        def serve() -> None:
+            ours.close()
+            if uid:
+                os.setgroups([])
+                os.setresgid(uid, uid, uid)
+                os.setresuid(uid, uid, uid)
+            _Strings(world, theirs).serve()
+
+        self._child = Child(serve)
         theirs.close()
         self._sock = ours
         self._sock.settimeout(PATIENCE_S)
-        self._pidfd = os.pidfd_open(self._pid)
-        self.pid = self._pid
+        self.pid = self._child.pid
 
     def ask(self, do: str, **more: object) -> Any:
         self._sock.send(json.dumps({"do": do, **more}).encode())
@@ -272,35 +267,21 @@ class Puppet:
 
     def buried(self) -> None:
         """Wait for its death by the reboot."""
-        assert self._reap() == -signal.SIGKILL
-        self._close()
+        assert self._child.wait() == -signal.SIGKILL
+        self._sock.close()
 
     def kill(self) -> None:
-        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        self._child.end()
         self.buried()
-
-    def _reap(self) -> int:
-        assert select.select([self._pidfd], [], [], PATIENCE_S)[0], "a puppet does not end"
-        status = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        assert status is not None
-        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
-
-    def _close(self) -> None:
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-            self._sock.close()
 
     def __enter__(self) -> Puppet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pidfd >= 0:
-            self._sock.shutdown(socket.SHUT_WR)
-            try:
-                self._reap()
-            finally:
-                self._close()
+        with self._sock:
+            if self._sock.fileno() >= 0:
+                self._sock.shutdown(socket.SHUT_WR)
+                self._child.wait()
 
 
 class _Strings:

@@ -140,6 +140,10 @@ class Control:
         """Bind a device to a driver (empty for none), now or from the next boot on. OSError ENODEV, or EBUSY while it is in use."""
         self.call("BIND", device=device, driver=driver, at_boot=at_boot)
 
+    def speaks_proposed(self) -> bool:
+        """Whether iommufds of the running kernel know the ioctls of `adapters.proposed`."""
+        return bool(self.call("SPEAKS_PROPOSED")["speaks"])
+
     def state(self) -> dict[str, Any]:
         """Return all there is to see: boot, sessions with their files, members of the world, notes, deviations, faults."""
         return self.call("STATE")

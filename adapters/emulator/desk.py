@@ -96,6 +96,7 @@ class Desk:
             "ATTACH": self._attach,
             "SPARE": self._spare,
             "BIND": self._bind,
+            "SPEAKS_PROPOSED": lambda _: {"speaks": self._machine.board.speaks_proposed},
             "STATE": lambda _: self._state(),
             "AUDIT": lambda _: {"calls": self._machine.calls},
             "INJECT": self._inject,

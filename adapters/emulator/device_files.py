@@ -16,6 +16,7 @@ import msgspec
 
 from ..chardev import NO_POINTERS
 from . import wire
+from .control import Control
 from .device_calls import DEVICES_SOCKET, CallReply, CallRequest, encode
 
 _decode = msgspec.msgpack.Decoder(CallReply).decode
@@ -77,6 +78,14 @@ class EmulatedDeviceFiles:
     def mmap(self, fd: int, length: int, offset: int) -> mmap.mmap:
         """Refuse: no region of an emulated device can be mapped, and none says that it can."""
         raise _error(errno.EINVAL)
+
+    def speaks_proposed(self) -> bool:
+        """Ask whether the running kernel has the plug-ins of `passthrough`."""
+        try:
+            with Control(self._directory) as control:
+                return control.speaks_proposed()
+        except ConnectionError as error:
+            raise _error(errno.ENXIO) from error
 
     def _call(
         self, fd: int, call: CallRequest, files: Sequence[int] = (), argument: bytearray | None = None

@@ -1,18 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ioctls of an iommufd that are proposed for live update and are in no released kernel (`adapters.proposed`).
 
-Linux 7.3 answers ENOTTY to the first. Failures are `PassthroughError`s.
+They are made only where the kernel is known to give these numbers that meaning (`DeviceFiles.speaks_proposed`): any other may have
+given them to a call that does something else. Failures are `PassthroughError`s.
 """
 
 from __future__ import annotations
 
+import errno
+import os
+
 from .. import proposed
 from ..chardev import DeviceFiles
-from ..passthrough_errors import passthrough_error
+from ..passthrough_errors import NotMerged, passthrough_error
 from . import abi
+
+REATTACH = 'leave out own_tables and subscribe with devices="reattach": memory is carried, devices are reset and re-attached'
+
+
+def require(files: DeviceFiles, name: str, subject: str, *, hint: str = REATTACH) -> None:
+    """See that a proposed call may be made here. Raises `NotMerged`; nothing but the machine itself is asked."""
+    try:
+        speaks = files.speaks_proposed()
+    except OSError as error:
+        raise passthrough_error(name, subject, error) from error
+    if not speaks:
+        raise NotMerged(
+            name,
+            subject,
+            errno.EOPNOTSUPP,
+            detail=f"this call is only proposed, no released kernel has it, and Linux {os.uname().release} may use its number "
+            "for another",
+            hint=hint,
+        )
 
 
 def _call(files: DeviceFiles, fd: int, name: str, buf: bytearray, about: str) -> bytearray:
+    require(files, name, f"{abi.PATH} {about}")
     try:
         files.ioctl(fd, proposed.REQUESTS[name], buf)
     except OSError as error:

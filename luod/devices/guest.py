@@ -41,7 +41,8 @@ class Mapping(msgspec.Struct, frozen=True):
 class Space(msgspec.Struct, frozen=True):
     """An iommufd with one I/O address space. With `own_tables` each of its devices has a page table of its own (HWPT_ALLOC).
 
-    A kernel that carries devices carries page tables: those of a space without `own_tables` cannot be.
+    A kernel that carries devices carries page tables: those of a space without `own_tables` cannot be. To mark them takes a call that is
+    only proposed, so that every other kernel refuses `own_tables` (`NotMerged`).
     """
 
     token: str

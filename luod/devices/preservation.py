@@ -30,7 +30,7 @@ from ..states.names import parse_token
 from . import rules
 from .guest import Guest, device_plans, plans, quieting
 from .host import Host
-from .steps import facts_of, kinds_on
+from .steps import facts_of, kinds_on, require_spoken
 
 PROBE_TOKEN = 1
 
@@ -85,12 +85,14 @@ def observe(guest: Guest, host: Host) -> Guest:
     return msgspec.structs.replace(guest, devices=devices)
 
 
-async def set_up(engine: Engine, stream: str, guest: Guest) -> None:
+async def set_up(engine: Engine, host: Host, stream: str, guest: Guest) -> None:
     """Open, map, bind and attach everything, the memfds being in `Host.fds` already; what stands is left as it is.
 
-    Raises `engine.plan.StepFailed`.
+    Raises `engine.plan.StepFailed`, and `NotMerged` before anything is opened where this kernel does not speak what `own_tables` needs.
     """
-    await PlanRunner(engine, stream, device_plans(guest, "reattach")).run()
+    planned = device_plans(guest, "reattach")
+    require_spoken(host, planned)
+    await PlanRunner(engine, stream, planned).run()
 
 
 class Preservation:
@@ -110,8 +112,9 @@ class Preservation:
     def preserve(self) -> list[Resource]:
         """Ask the kernel for everything, in order; return the inventory for PRESERVED. Asking again is safe.
 
-        Raises `OrderViolated` before the kernel is asked, `NoHandler`, and `KernelError` for what else it refuses.
+        Raises `OrderViolated` and `NotMerged` before the kernel is asked, `NoHandler`, and `KernelError` for what else it refuses.
         """
+        require_spoken(self._host, device_plans(self.guest, "reattach"))
         asked = self.asked()
         rules.enforce([*self._sealed(), *rules.before_preserving(asked)])
         outcome: Devices = "preserve"
@@ -182,7 +185,7 @@ class Preservation:
 
     async def resume(self) -> None:
         """Have interrupts and bus mastering on again, when the update is undone. A device that was reset stays reset."""
-        await set_up(self._engine, self._stream, self.guest)
+        await set_up(self._engine, self._host, self._stream, self.guest)
 
 
 def sealed(fd: int) -> bool:

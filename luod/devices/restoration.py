@@ -29,7 +29,12 @@ from ..states.events import Resource
 from ..states.fold import Effect as EffectRecord
 from ..verbs import Verbs
 from .host import Host
-from .steps import effects
+from .steps import effects, require_spoken
+
+WRITTEN_ELSEWHERE = (
+    "its plan was written on a kernel that carries devices, and this one does not: boot one that does, or `luoctl resolve SESSION "
+    'give-up`; subscribe with devices="reattach" before the next update'
+)
 
 
 class StepsOpen(LuodError):
@@ -71,10 +76,12 @@ class Restoration:
         *,
         report: Report | None = None,
     ) -> None:
-        """Take the plans. Raises `engine.plan.PlanInvalid` for steps that nothing here can make."""
+        """Take the plans. Raises `engine.plan.PlanInvalid` for steps that nothing here can make, `NotMerged` for what no kernel knows."""
+        resources = list(resources)
+        require_spoken(host, resources, hint=WRITTEN_ELSEWHERE)
         self._host = host
         self._stream = stream
-        self.runner = PlanRunner(engine, stream, list(resources), report=report)
+        self.runner = PlanRunner(engine, stream, resources, report=report)
 
     async def run(self) -> None:
         """Make every step that does not stand yet. Raises `engine.plan.StepFailed` and leaves everything open."""

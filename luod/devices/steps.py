@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -30,7 +30,9 @@ from ..adapters.vfio.config_space import ConfigSpace
 from ..adapters.vfio.device import VfioDevice, open_device
 from ..adapters.vfio.pci import VFIO_PCI
 from ..engine.errors import EffectFailed
+from ..engine.plan import steps_of
 from ..engine.ports import Absent, Done, Effect, Intent, Json, Probe, Unknown
+from ..states.events import Resource
 from ..states.names import parse_token
 from . import rules
 from .guest import Facts
@@ -95,6 +97,22 @@ def effects(host: Host) -> dict[str, Effect]:
         "vfio.bus_master_off": Step(devices.bus_master_off, devices.is_no_bus_master),
         "vfio.reset": Step(devices.reset),
     }
+
+
+PROPOSED = {
+    "iommufd.hwpt_restore": "IOMMU_HWPT_LU_RESTORE",
+    "iommufd.mark_preserve": "IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE",
+}
+"""Kinds of steps whose call is not merged into any kernel."""
+
+
+def require_spoken(host: Host, resources: Iterable[Resource], *, hint: str = liveupdate.REATTACH) -> None:
+    """See that this kernel knows every call of these plans, before the first step of them is made. Raises `NotMerged`."""
+    for step in steps_of(resources):
+        if step.kind in PROPOSED:
+            liveupdate.require(
+                host.files, PROPOSED[step.kind], f"of step {step.id} ({step.label})", hint=hint
+            )
 
 
 def _whether(there: bool, result: Result | None = None) -> Probe:
@@ -203,21 +221,19 @@ class SpaceSteps:
         return {"hwpt_id": self.host.iommufd(args["iommufd"]).alloc_hwpt(args["device_id"], args["ioas_id"])}
 
     def restore_hwpt(self, args: Args) -> Result:
-        """Take up the page table of a device that came with the update (proposed; every kernel that carries devices has the call)."""
+        """Take up the page table of a device that came with the update (proposed)."""
         fd = self.host.iommufd(args["iommufd"]).fd
         return {"hwpt_id": liveupdate.restore_hwpt(self.host.files, fd, parse_token(args["table"]))}
 
     def mark_preserve(self, args: Args) -> Result:
-        """Say that a device's page table is to be carried by the next update; a kernel that carries none does not know the call."""
+        """Say that a device's page table is to be carried by the next update (proposed)."""
         fd = self.host.iommufd(args["iommufd"]).fd
         try:
             liveupdate.mark_preserve(self.host.files, fd, args["hwpt_id"], parse_token(args["table"]))
-        except TooOld:
-            return {"marked": False}
         except PassthroughError as error:
             if error.errno != errno.EADDRINUSE:  # it is marked already
                 raise
-        return {"marked": True}
+        return {}
 
     def hwpt_there(self, args: Args) -> Probe:
         """Look for the page table of the device in this place."""

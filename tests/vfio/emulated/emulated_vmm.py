@@ -7,14 +7,16 @@ import json
 import os
 import select
 import signal
+import tempfile
 import time
-import traceback
 from collections.abc import Awaitable, Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import anyio
-from luod_world import PATIENCE_S, World
+from forked import PATIENCE_S, Child
+from luod_world import World
 
 from luod.aclient import AsyncClient
 from luod.adapters import memfd
@@ -24,6 +26,7 @@ from luod.adapters.keeper.client import Keeper
 from luod.adapters.kernel import open_kernel
 from luod.adapters.vfio import abi
 from luod.adapters.vfio.pci import PciDevices
+from luod.devices import steps
 from luod.devices.fds import HeldFds
 from luod.devices.guest import Device, Guest, Irqs, Mapping, Memory, Space, as_fields, from_fields
 from luod.devices.host import Host, eventfd_name
@@ -31,6 +34,7 @@ from luod.devices.preservation import NoHandler, Preservation, observe, set_up
 from luod.devices.restoration import Restoration, StepsOpen, plan_engine, reporting
 from luod.engine.plan import StepFailed
 from luod.engine.points import Points, nowhere
+from luod.journal.writer import Journal
 from luod.states.errors import LuodError
 from luod.states.events import Devices
 
@@ -128,7 +132,7 @@ class EmulatedVmm:
         memfd.seal_for_preservation(fd)
         self.host.fds.keep(MEMORY, fd)
         async with self.engine() as engine, await self.link() as link:
-            await set_up(engine, self.name, self.guest)
+            await set_up(engine, self.host, self.name, self.guest)
             self.guest = observe(self.guest, self.host)
             good = self.dma(f"{self.name} before")
             preservation = Preservation(engine, self.host, self.name, self.guest, devices=self.devices)
@@ -211,15 +215,15 @@ class EmulatedVmm:
         self.host.fds.keep(MEMORY, fd)
         self.host.session_fd = session_fd
         async with self.engine() as engine:
-            await set_up(engine, self.name, self.guest)
+            await set_up(engine, self.host, self.name, self.guest)
             preservation = Preservation(
                 engine, self.host, self.name, observe(self.guest, self.host), devices=self.devices
             )
             good = self.dma(f"{self.name} before")
             resources = as_fields(preservation.preserve())
             await preservation.quiet()
-            self.report("preserved", resources=resources, dma=good)
-            await anyio.sleep_forever()
+        self.report("preserved", resources=resources, dma=good)
+        await anyio.sleep_forever()
 
     async def restore_only(self, session_fd: int, fields: list[Any]) -> None:
         """Run the plans of a session that somebody else holds, and try the device: what dies and is started again."""
@@ -227,7 +231,7 @@ class EmulatedVmm:
         async with self.engine() as engine:
             restoration = Restoration(engine, self.host, self.name, from_fields(fields))
             await restoration.run()
-            iommufd, among = self.host.iommufd(SPACE), range(1, 64)
+            iommufd, among = self.host.iommufd(SPACE), steps.OBJECT_IDS
             objects = [iommufd.ioas_ids(among), iommufd.device_ids(among), iommufd.hwpt_ids(among)]
             proof = self.proof(f"{self.name} before")
             good = self.dma(f"{self.name} after")
@@ -243,22 +247,17 @@ class Running:
     """A VMM in a forked process; `heard` are its reports."""
 
     def __init__(self, make: Callable[[int], Awaitable[None]]) -> None:
-        anyio.run(anyio.sleep, 0)  # so that not every child has the backend to load
+        _warm_up()
         self._pipe, end = os.pipe()
         self._buffer = b""
-        self.pid = os.fork()
-        if self.pid == 0:
-            code = 1
-            try:
-                os.close(self._pipe)
-                anyio.run(_awaited, make, end)
-                code = 0
-            except BaseException:
-                os.write(2, traceback.format_exc().encode())
-            finally:
-                os._exit(code)
+
+        def live() -> None:
+            os.close(self._pipe)
+            anyio.run(_awaited, make, end)
+
+        self._child = Child(live)
+        self.pid = self._child.pid
         os.close(end)
-        self._pidfd = os.pidfd_open(self.pid)
 
     def heard(self, at: str) -> dict[str, Any]:
         """Wait for the next report, which must be that one."""
@@ -281,16 +280,27 @@ class Running:
 
     def end(self) -> int:
         """Wait for its end; the exit code, or minus the signal."""
-        assert select.select([self._pidfd], [], [], PATIENCE_S)[0], "a VMM does not end"
-        status = os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        os.close(self._pidfd)
-        os.close(self._pipe)
-        assert status is not None
-        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
+        try:
+            return self._child.wait()
+        finally:
+            os.close(self._pipe)
 
     def buried(self) -> None:
         """Wait for its death by the reboot."""
         assert self.end() == -signal.SIGKILL
+
+
+@cache
+def _warm_up() -> None:
+    """Make once, here, what each fork would make first: the backend's imports, and what a journal computes to be read."""
+
+    async def journal() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            for _ in ("made", "read"):
+                path = Path(directory, "journal.db")
+                Journal.open(path, boot_id="", run_id="", volatile=True, pregrow=0).close()
+
+    anyio.run(journal)
 
 
 async def _awaited(make: Callable[[int], Awaitable[None]], end: int) -> None:

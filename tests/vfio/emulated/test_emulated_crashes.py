@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """A VMM that dies while its devices are restored: at every point of every step, and started again each time.
 
-The walk dies at every point once, one death after the other, in one restoration; the matrix has a restoration of its own for each point.
+The walk dies at every point once, one death after the other, in one restoration; the matrix has a restoration of its own for each point,
+and the four points of a step at the same time, by four guests on one machine.
 What the emulated kernel was asked is its audit; nothing may have been made twice there.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
+import shutil
 import signal
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +27,17 @@ from luod.devices.guest import plans
 from luod.engine.points import STAGES, Points, injector, nowhere
 from luod.engine.ports import Absent, Done, KexecImage
 
-ADDRESS, SECOND = "0000:00:04.0", "0000:00:05.0"
-DEVICES = (f"vfio0,bdf={ADDRESS}", f"vfio1,bdf={SECOND}")
+ADDRESSES = tuple(f"0000:00:{slot:02x}.0" for slot in range(4, 8))
+DEVICES = tuple(f"vfio{place},bdf={address}" for place, address in enumerate(ADDRESSES))
+# A process that is killed leaves as much in memory as on a disk, and nothing here dies by losing power.
+IN_MEMORY = next(path for path in (Path("/dev/shm"), Path(tempfile.gettempdir())) if path.is_dir())
+NUMBERS = itertools.count(1)
 ONCE = {
     "preserve": (
         "IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_HWPT_LU_RESTORE",
         "IOMMU_HWPT_ALLOC", "IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE",
     ),
-    "reattach": ("IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD", "IOMMU_HWPT_ALLOC"),
+    "reattach": ("IOMMU_IOAS_ALLOC", "IOMMU_IOAS_MAP_FILE", "VFIO_DEVICE_BIND_IOMMUFD"),
 }  # fmt: skip
 MODES = [(devices, kept) for devices in ("preserve", "reattach") for kept in (True, False)]
 
@@ -39,81 +45,128 @@ MODES = [(devices, kept) for devices in ("preserve", "reattach") for kept in (Tr
 class Arrival:
     """A session with a guest's memory and devices that has come through a jump, held by this process."""
 
-    def __init__(self, world: World, devices: str, kept: bool, also: tuple[str, ...] = ()) -> None:
+    def __init__(self, world: World, name: str, devices: str, kept: bool, addresses: tuple[str, ...]) -> None:
         self.world = world
-        self.count = 1 + len(also)
-        journal = Path(tempfile.mkdtemp(dir=world.dir)) / "journal.db"
-        self.options: dict[str, Any] = {"devices": devices, "kept": kept, "journal": journal, "also": also}
-        if kept and world.keeper is None:
-            world.start_keeper()
-        session = world.kernel.create_session("vm")
-        try:
-            old = Running(lambda pipe: self.vmm(pipe).preserve_only(session))
-            heard = old.heard("preserved")
-            assert heard["dma"]
-            self.fields = heard["resources"]
-        finally:
-            os.close(session)
-        world.kernel.load(KexecImage(world.image, None, CMDLINE))
-        world.control.kexec()
-        old.buried()
-        if world.keeper is not None:
-            world.keeper.wait()
-            world.start_keeper()
-        self.session = world.kernel.retrieve_session("vm")
-        self.before = len(world.control.audit())
+        self.name = name
+        self.devices = devices
+        self.lasting = kept or devices == "preserve"
+        self.files = {f"vfio{ADDRESSES.index(one)}" for one in addresses}
+        self._address, *also = addresses
+        journal = IN_MEMORY / world.dir.name / f"{name}.{next(NUMBERS)}" / "journal.db"
+        self._options: dict[str, Any] = {
+            "devices": devices, "own_tables": devices == "preserve", "kept": kept, "journal": journal, "also": tuple(also)
+        }  # fmt: skip
+        self._pids: set[int] = set()
 
     def vmm(self, pipe: int, points: Points = nowhere) -> EmulatedVmm:
-        return EmulatedVmm(self.world, "vm", ADDRESS, pipe, points=points, **self.options)
+        return EmulatedVmm(self.world, self.name, self._address, pipe, points=points, **self._options)
+
+    def leave(self, session: int) -> Running:
+        """Have a VMM of the old kernel preserve everything."""
+        return Running(lambda pipe: self.vmm(pipe).preserve_only(session))
+
+    def left(self, old: Running) -> None:
+        """Wait until it has."""
+        heard = old.heard("preserved")
+        assert heard["dma"]
+        self.fields = heard["resources"]
+
+    def arrived(self, session: int) -> None:
+        self.session = session
+        self._before = len(self.world.control.audit())
+
+    def begin(self, points: Points = nowhere) -> Running:
+        """Run the plans in a new process."""
+        running = Running(lambda pipe: self.vmm(pipe, points).restore_only(self.session, self.fields))
+        self._pids.add(running.pid)
+        return running
 
     def restore(self, points: Points = nowhere) -> dict[str, Any] | None:
-        """Run the plans in a new process; what it says, or None when it was killed."""
-        running = Running(lambda pipe: self.vmm(pipe, points).restore_only(self.session, self.fields))
-        found = running.next_report()
-        code = running.end()
-        assert code == (0 if found else -signal.SIGKILL), code
-        return found
+        """The same; what it says, or None when it was killed."""
+        return ended(self.begin(points))
+
+    def calls(self) -> list[dict[str, Any]]:
+        """What the processes of this guest have asked the new kernel for."""
+        audit = self.world.control.audit()[self._before :]
+        return [call for call in audit if call["pid"] in self._pids]
 
     def judge(self, found: dict[str, Any] | None) -> None:
         """See that everything is restored, and that nothing of it was made twice."""
         assert found is not None
         assert found["dma"]
         assert found["proof"]
-        carried = self.options["devices"] == "preserve"
-        count = self.count
-        assert [len(ids) for ids in found["objects"]] == [1, count, count * (1 + carried)]
-        calls = self.world.control.audit()[self.before :]
+        count = len(self.files)
+        tables = 2 * count if self.devices == "preserve" else count
+        assert [len(ids) for ids in found["objects"]] == [1, count, tables]
+        calls = self.calls()
         assert [call["op"] for call in calls if call["op"] == "FINISH"] == ["FINISH"]
-        lasting = carried or self.options["kept"]
         binds = [call for call in calls if call["op"] == "VFIO_DEVICE_BIND_IOMMUFD"]
-        assert lasting <= (len(binds) == count), "a device that was kept open was bound twice"
+        assert {call["file"] for call in binds} == self.files
+        assert self.lasting <= (len(binds) == count), "a device that was kept open was bound twice"
         last = [call for call in calls if call["op"] == "IOMMU_IOAS_ALLOC"][-1]["file"]
-        for op in ONCE[self.options["devices"]]:
+        for op in ONCE[self.devices]:
             # Without a keeper and a session that hold it, every process has an iommufd of its own.
-            made = [call for call in calls if call["op"] == op and call["file"] in (last, "vfio0", "vfio1")]
+            made = [call for call in calls if call["op"] == op and call["file"] in {last, *self.files}]
             expected = 1 if "IOAS" in op else count
-            made = made if lasting else made[-expected:]
+            made = made if self.lasting else made[-expected:]
             assert len(made) == expected, (op, made)
 
 
+def ended(running: Running) -> dict[str, Any] | None:
+    """Wait for a process that restores; what it says, or None when it was killed."""
+    found = running.next_report()
+    code = running.end()
+    assert code == (0 if found else -signal.SIGKILL), code
+    return found
+
+
+Guests = Sequence[tuple[str, ...]]
+"""Their devices, each by its address."""
+ONE_GUEST: Guests = [ADDRESSES[:1]]
+
+
 @contextmanager
-def arrivals(
-    directory: Path, devices: str, kept: bool, also: tuple[str, ...] = ()
-) -> Iterator[Callable[[], Arrival]]:
-    """Make arrivals, one after the other, on one machine."""
-    handlers = (PLUGIN,) if devices == "preserve" else ()
-    with (
-        new_world(directory / "state", boot=False, handlers=handlers, devices=DEVICES) as world,
-        ExitStack() as stack,
-    ):
+def arrivals(world: World, devices: str, kept: bool, guests: Guests = ONE_GUEST) -> Iterator[list[Arrival]]:
+    """Take guests over one jump, all at once: what a guest costs is mostly waiting for others, and so is shared."""
+    made = [Arrival(world, f"vm{place}", devices, kept, one) for place, one in enumerate(guests)]
+    world.control.cold_reboot()  # a test that went wrong on purpose may have left devices that nobody restored
+    with ExitStack() as stack:
+        if kept:
+            stack.callback(world.start_keeper(forked=True).end)
+        sessions = [world.kernel.create_session(one.name) for one in made]
+        try:
+            old = [one.leave(session) for one, session in zip(made, sessions, strict=True)]
+            for one, running in zip(made, old, strict=True):
+                one.left(running)
+        finally:
+            for session in sessions:
+                os.close(session)
+        world.kernel.load(KexecImage(world.image, None, CMDLINE))
+        world.control.kexec()
+        for running in old:
+            running.buried()
+        if kept:
+            assert world.keeper is not None
+            world.keeper.wait()
+            stack.callback(world.start_keeper(forked=True).end)
+        for one in made:
+            one.arrived(world.kernel.retrieve_session(one.name))
+            stack.callback(os.close, one.session)
+        yield made
 
-        def arrive() -> Arrival:
-            stack.close()
-            made = Arrival(world, devices, kept, also)
-            stack.callback(os.close, made.session)
-            return made
 
-        yield arrive
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, World]]:
+    """One whose kernel carries devices and one whose kernel does not; they are shared, since every arrival begins with a new boot."""
+    with ExitStack() as stack:
+        found = {}
+        for devices, handlers in (("preserve", (PLUGIN,)), ("reattach", ())):
+            state = tmp_path_factory.mktemp(devices)
+            found[devices] = world = stack.enter_context(
+                new_world(state, boot=False, handlers=handlers, devices=DEVICES)
+            )
+            stack.callback(shutil.rmtree, IN_MEMORY / world.dir.name, ignore_errors=True)
+        yield found
 
 
 def first_times(trace: Path, among: str = "") -> Points:
@@ -145,10 +198,9 @@ def few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("reattach", False, marks=pytest.mark.lab),
     ],
 )
-def test_a_walk_of_deaths(disk_path: Path, devices: str, kept: bool) -> None:
-    with arrivals(disk_path, devices, kept) as arrive:
-        arrived = arrive()
-        trace = disk_path / "deaths"
+def test_a_walk_of_deaths(machines: dict[str, World], tmp_path: Path, devices: str, kept: bool) -> None:
+    with arrivals(machines[devices], devices, kept) as (arrived,):
+        trace = tmp_path / "deaths"
         trace.touch()
         found = None
         while found is None:
@@ -157,7 +209,7 @@ def test_a_walk_of_deaths(disk_path: Path, devices: str, kept: bool) -> None:
         names = trace.read_text().splitlines()
         steps = [f"{one['token']}/{step['step']}" for one in arrived.fields for step in one["plan"]]
         for step in steps:
-            stages = {name.rpartition(":")[2] for name in names if name.startswith(f"vm/plan/{step}:")}
+            stages = {name.rpartition(":")[2] for name in names if name.startswith(f"vm0/plan/{step}:")}
             # What was made and not recorded is believed when its probe finds it, so that it has no outcome to die after; and memory
             # that the process itself has mapped is its own, so that it has no process to change.
             call = set() if "change_process" in step else {"after_call"}
@@ -165,44 +217,43 @@ def test_a_walk_of_deaths(disk_path: Path, devices: str, kept: bool) -> None:
 
 
 @pytest.mark.timeout(120)
-def test_page_tables_of_two_devices_are_told_apart(disk_path: Path) -> None:
+def test_page_tables_of_two_devices_are_told_apart(machines: dict[str, World], tmp_path: Path) -> None:
     """Each of a process that died is found again by its place among all of them."""
-    with arrivals(disk_path, "preserve", False, (SECOND,)) as arrive:
-        arrived, found = arrive(), None
-        trace = disk_path / "deaths"
+    with arrivals(machines["preserve"], "preserve", False, [ADDRESSES[:2]]) as (arrived,):
+        found = None
+        trace = tmp_path / "deaths"
         trace.touch()
         while found is None:
             found = arrived.restore(first_times(trace, "hwpt"))
         arrived.judge(found)
         assert len(trace.read_text().splitlines()) >= 3 * 2 * 2
-        attached = [
-            call
-            for call in arrived.world.control.audit()[arrived.before :]
-            if call["op"] == "VFIO_DEVICE_ATTACH_IOMMUFD_PT"
-        ]
+        attached = [call for call in arrived.calls() if call["op"] == "VFIO_DEVICE_ATTACH_IOMMUFD_PT"]
         tables = {call["file"]: call["argument"]["pt_id"] for call in attached}
         assert tables.keys() == {"vfio0", "vfio1"}
         assert tables["vfio0"] != tables["vfio1"]
 
 
 def planned(devices: str) -> list[str]:
-    found = plans(guest_with(ADDRESS), devices)  # type: ignore[arg-type]
+    found = plans(guest_with(ADDRESSES[0], own_tables=devices == "preserve"), devices)  # type: ignore[arg-type]
     return [f"{one.token}/{step.step}" for one in found for step in one.plan]
 
 
-@pytest.mark.lab
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("devices", "kept", "step"),
     [(devices, kept, step) for devices, kept in MODES for step in planned(devices)],
 )
-def test_one_death(disk_path: Path, devices: str, kept: bool, step: str) -> None:
-    with arrivals(disk_path, devices, kept) as arrive:
-        for stage in STAGES:
-            arrived = arrive()
-            points = injector(f"vm/plan/{step}:{stage}", disk_path / stage)
-            assert arrived.restore(points) is None, f"it was to die {stage}"
-            arrived.judge(arrived.restore(points))
+def test_one_death(machines: dict[str, World], tmp_path: Path, devices: str, kept: bool, step: str) -> None:
+    """A guest for each point of the step: they die at the same time and are restored at the same time."""
+    with arrivals(machines[devices], devices, kept, [(one,) for one in ADDRESSES]) as arrived:
+        dying = [
+            (stage, one, injector(f"{one.name}/plan/{step}:{stage}", tmp_path / stage))
+            for stage, one in zip(STAGES, arrived, strict=True)
+        ]
+        for stage, running in [(stage, one.begin(points)) for stage, one, points in dying]:
+            assert ended(running) is None, f"it was to die {stage}"
+        for one, running in [(one, one.begin(points)) for _, one, points in dying]:
+            one.judge(ended(running))
 
 
 def nowhere_to_be_found(_self: object, _args: object) -> Absent:
@@ -224,7 +275,8 @@ def always_there(_self: object, _args: object) -> Done:
     ],
 )
 def test_a_probe_that_lies_is_noticed(
-    disk_path: Path,
+    machines: dict[str, World],
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     devices: str,
     kept: bool,
@@ -233,9 +285,8 @@ def test_a_probe_that_lies_is_noticed(
     lie: Callable[[object, object], Done | Absent],
 ) -> None:
     """One death after the call, and a process that is told wrong about what the dead one has left."""
-    with arrivals(disk_path, devices, kept) as arrive:
-        arrived = arrive()
-        points = injector(f"vm/plan/{step}:after_call", disk_path / "trace")
+    with arrivals(machines[devices], devices, kept) as (arrived,):
+        points = injector(f"vm0/plan/{step}:after_call", tmp_path / "trace")
         assert arrived.restore(points) is None
         monkeypatch.setattr(f"luod.devices.steps.{broken}", lie)
         with pytest.raises(AssertionError):

@@ -165,7 +165,7 @@ def test_devices_are_reattached_where_no_handler_is(disk_path: Path) -> None:
 
 def test_without_that_policy_it_is_refused_with_what_to_do(disk_path: Path) -> None:
     with new_world(disk_path / "state", devices=DEVICES) as world:
-        vmm = in_old_kernel(world, "vm", FIRST)
+        vmm = in_old_kernel(world, "vm", FIRST, own_tables=False)
         vmm.heard("subscribed")
         kexec(world)
         nacked = vmm.heard("nacked")

@@ -51,8 +51,9 @@ def test_a_token_is_used_once(host: Host) -> None:
 def test_a_kernel_without_the_series_does_not_know_the_call(tmp_path: Path) -> None:
     with started(tmp_path, handlers=()) as host:
         guest = host.guest(mark=None)
-        with refused(errno.ENOTTY):
-            liveupdate.mark_preserve(host.files, guest.iommufd.fd, guest.hwpt, 1)
+        for request in proposed.REQUESTS.values():
+            with refused(errno.ENOTTY):
+                host.raw(guest.iommufd.fd, request, bytearray(24))
         session = host.session()
         for fd in (guest.iommufd.fd, guest.device.fd):
             with refused(errno.ENOENT):

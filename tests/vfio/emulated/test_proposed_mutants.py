@@ -13,6 +13,8 @@ import test_emulated_vfio
 import test_proposed_contract
 from passthrough_host import started
 
+from luod.adapters import proposed
+
 MUTATED = Path(__file__).parents[2] / "contract" / "mutated_emulator.py"
 
 
@@ -143,7 +145,7 @@ def run(directory: Path, case: object, **options: object) -> None:
         with started(directory, **options) as host:  # type: ignore[arg-type]
             guest = host.guest(mark=None)
             with test_proposed_contract.refused(25):
-                test_proposed_contract.liveupdate.mark_preserve(host.files, guest.iommufd.fd, guest.hwpt, 1)
+                host.raw(guest.iommufd.fd, proposed.HWPT_LIVEUPDATE_MARK_PRESERVE, bytearray(24))
         return
     with started(directory, **options) as host:  # type: ignore[arg-type]
         arguments = [host] + ([host.iommufd()] if "iommufd" in wanted else [])

@@ -23,12 +23,14 @@ from edu import BUFFER, IDENTITY, PAGE, Edu, checked_copy
 
 from luod.adapters import memfd
 from luod.adapters.chardev import SystemCalls
+from luod.adapters.iommufd import liveupdate
 from luod.adapters.iommufd.device import Iommufd, open_iommufd
 from luod.adapters.kernel import open_kernel
 from luod.adapters.liveupdate.errors import NotPreservable
 from luod.adapters.passthrough_errors import (
     MappingRefused,
     NotBoundToVfio,
+    NotMerged,
     NotPermitted,
     PassthroughError,
     TakenElsewhere,
@@ -41,7 +43,7 @@ from luod.adapters.vfio.group import Container, Group, open_container, open_grou
 from luod.adapters.vfio.pci import PciDevices
 from luod.devices.guest import Device, Guest, Irqs, Mapping, Memory, Space, quieting
 from luod.devices.host import Host
-from luod.devices.preservation import observe, set_up, standing, support
+from luod.devices.preservation import Preservation, observe, set_up, standing, support
 from luod.devices.restoration import plan_engine
 from luod.devices.rules import before_the_jump
 from luod.devices.steps import facts_of, kinds_on
@@ -378,16 +380,16 @@ def in_engine(work: Callable[..., Any], host: Host, name: str) -> None:
     anyio.run(inside)
 
 
-async def failing(engine: Any, guest: Guest) -> StepFailed:
-    """Set up a guest that must fail."""
+async def failing(engine: Any, host: Host, guest: Guest, kind: type[LuodError] = StepFailed) -> Any:
+    """Set up a guest that must fail in this way, and return the error."""
     try:
-        await set_up(engine, "vm", guest)
-    except StepFailed as error:
+        await set_up(engine, host, "vm", guest)
+    except kind as error:
         return error
     raise AssertionError("it was not refused")
 
 
-def planned(address: str, irqs: tuple[Irqs, ...], *, own_tables: bool) -> tuple[Guest, Host]:
+def planned(address: str, irqs: tuple[Irqs, ...], *, own_tables: bool = False) -> tuple[Guest, Host]:
     guest = Guest(
         (Memory("0x10", SIZE),),
         (Space("0x20", (Mapping("0x10", IOVA, SIZE),), own_tables=own_tables),),
@@ -402,7 +404,7 @@ def planned(address: str, irqs: tuple[Irqs, ...], *, own_tables: bool) -> tuple[
 
 def case_a_device_is_quieted_and_comes_back() -> None:
     for address, irqs, resets in ((EDU, (Irqs(abi.MSI),), False), (NVME, (Irqs(abi.MSIX, 3),), True)):
-        guest, host = planned(address, irqs, own_tables=True)
+        guest, host = planned(address, irqs)
 
         async def work(
             engine: Any,
@@ -411,7 +413,7 @@ def case_a_device_is_quieted_and_comes_back() -> None:
             address: str = address,
             resets: bool = resets,
         ) -> None:
-            await set_up(engine, "vm", guest)
+            await set_up(engine, host, "vm", guest)
             before_quiet = before_the_jump(standing(guest, host))
             assert [one.rule for one in before_quiet] == ["interrupts-off"], before_quiet
             assert interrupts_of(address)
@@ -420,7 +422,7 @@ def case_a_device_is_quieted_and_comes_back() -> None:
             assert not before_the_jump(standing(guest, host))
             assert not interrupts_of(address)
             assert not ConfigSpace(host.device("0x30", address)).bus_master()
-            await set_up(engine, "vm", guest)
+            await set_up(engine, host, "vm", guest)
             assert interrupts_of(address)
             assert ConfigSpace(host.device("0x30", address)).bus_master()
 
@@ -428,11 +430,32 @@ def case_a_device_is_quieted_and_comes_back() -> None:
         host.fds.close()
 
 
-def case_a_quiet_device_reaches_no_memory() -> None:
-    guest, host = planned(EDU, (Irqs(abi.MSI),), own_tables=False)
+def case_a_call_that_is_only_proposed_is_not_made() -> None:
+    """Its number may be that of another call in this kernel: nothing is opened for a plan that would come to it."""
+    guest, host = planned(EDU, (Irqs(abi.MSI),), own_tables=True)
 
     async def work(engine: Any) -> None:
-        await set_up(engine, "vm", guest)
+        caught = await failing(engine, host, guest, NotMerged)
+        assert "IOMMU_HWPT_LIVEUPDATE_MARK_PRESERVE" in caught.message, caught
+        assert 'devices="reattach"' in caught.hint, caught
+        asking = Preservation(engine, host, "vm", guest, devices="preserve")
+        refused(NotMerged, errno.EOPNOTSUPP, asking.preserve)
+        assert host.fds.names() == ["0x10"], host.fds.names()
+
+    in_engine(work, host, "proposed")
+    host.fds.close()
+    # Nor does anything below the plans make it.
+    fd = open_iommufd(FILES)
+    refused(NotMerged, errno.EOPNOTSUPP, partial(liveupdate.mark_preserve, FILES, fd, 1, 1))
+    refused(NotMerged, errno.EOPNOTSUPP, partial(liveupdate.restore_hwpt, FILES, fd, 1))
+    os.close(fd)
+
+
+def case_a_quiet_device_reaches_no_memory() -> None:
+    guest, host = planned(EDU, (Irqs(abi.MSI),))
+
+    async def work(engine: Any) -> None:
+        await set_up(engine, host, "vm", guest)
         device, memory = host.device("0x30", EDU), host.memory("0x10")
         eventfds = host.eventfds("0x30", abi.MSI, 1)
         assert eventfds is not None
@@ -445,7 +468,7 @@ def case_a_quiet_device_reaches_no_memory() -> None:
         while int.from_bytes(device.read(abi.BAR0, 0x98, 8), "little") & 1:
             pass  # it believes that it copies
         assert os.pread(memory, PAGE, PAGE) == bytes(PAGE)
-        await set_up(engine, "vm", guest)
+        await set_up(engine, host, "vm", guest)
         assert checked_copy(edu, memory, IOVA, b"after") == PAGE
 
     in_engine(work, host, "quiet-dma")
@@ -453,14 +476,14 @@ def case_a_quiet_device_reaches_no_memory() -> None:
 
 
 def case_another_device_at_the_address_is_refused() -> None:
-    guest, host = planned(EDU, (), own_tables=False)
+    guest, host = planned(EDU, ())
 
     async def work(engine: Any) -> None:
-        await set_up(engine, "vm", guest)
+        await set_up(engine, host, "vm", guest)
         seen = observe(guest, host).devices[0]
         assert seen.facts is not None
         wrong = msgspec.structs.replace(seen, facts=msgspec.structs.replace(seen.facts, identity="8086:10c9"))
-        caught = await failing(engine, msgspec.structs.replace(guest, devices=(wrong,)))
+        caught = await failing(engine, host, msgspec.structs.replace(guest, devices=(wrong,)))
         assert (caught.errno, caught.step.id) == ("ENODEV", "0x30/vfio.check"), caught
         assert "identity are 1234:11e8, 8086:10c9 are recorded" in caught.message, caught
 
@@ -469,11 +492,11 @@ def case_another_device_at_the_address_is_refused() -> None:
 
 
 def case_memory_that_is_not_sealed_is_not_mapped() -> None:
-    guest, host = planned(EDU, (), own_tables=False)
+    guest, host = planned(EDU, ())
     host.fds.keep("0x10", memfd.create("unsealed", SIZE))
 
     async def work(engine: Any) -> None:
-        caught = await failing(engine, guest)
+        caught = await failing(engine, host, guest)
         assert caught.errno == "EINVAL", caught
         assert "not sealed" in caught.message, caught
         assert not host.iommufd("0x20").mapped(1, IOVA, SIZE)

@@ -132,7 +132,7 @@ class Vmm:
         memfd.seal_for_preservation(fd)
         self.host.fds.keep(MEMORY, fd)
         async with self.engine() as engine:
-            await set_up(engine, self.name, self.guest)
+            await set_up(engine, self.host, self.name, self.guest)
             self.guest = observe(self.guest, self.host)
             copied = self.dma(f"{self.name} before")
             preservation = Preservation(engine, self.host, self.name, self.guest, devices=self.devices)
