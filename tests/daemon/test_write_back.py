@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 from daemon_scene import Actor, NewScene, Scene
 
+from luod.cli import sentences
+from luod.cli.look import course
+
 HELLO = {"version": 1, "features": ["freeze", "inventory"]}
 LATE = "sync(2) did not end within 0.05 s"
 
@@ -130,8 +133,11 @@ def test_an_update_does_not_wait_for_ever(new_scene: NewScene) -> None:
     vm1.event("FREEZE")
     vm1.last_word()
     scene.arrive()
-    assert armed(scene)["unwritten"] == LATE
+    record = scene.world.wait_record("update.armed", "update/1")
+    assert record["body"]["unwritten"] == LATE
+    assert sentences.of(record).endswith(f"; the file systems were not written back: {LATE}")
     assert scene.update()["unwritten"] == LATE
+    assert f"file systems not written back: {LATE}" in course(scene.update())
     assert f"update/1: {LATE}; the update goes on" in scene.log()
     assert "SYNC" not in made(scene)
 
