@@ -95,6 +95,9 @@ class EmulatedVmm:
     def engine(self) -> Any:
         return plan_engine(self.journal, self.host, points=self._points)
 
+    def _make_memory(self) -> None:
+        memfd.seal_for_preservation(self.host.fds.keep(MEMORY, memfd.create(self.name, SIZE)))
+
     # -- what the device does
 
     def copy(self, one: Device, source: int, target: int) -> None:
@@ -128,9 +131,7 @@ class EmulatedVmm:
     # -- the old kernel
 
     async def old_kernel(self) -> None:
-        fd = memfd.create(self.name, SIZE)
-        memfd.seal_for_preservation(fd)
-        self.host.fds.keep(MEMORY, fd)
+        self._make_memory()
         async with self.engine() as engine, await self.link() as link:
             await set_up(engine, self.host, self.name, self.guest)
             self.guest = observe(self.guest, self.host)
@@ -210,9 +211,7 @@ class EmulatedVmm:
 
     async def preserve_only(self, session_fd: int) -> None:
         """Set everything up, preserve it in a session that somebody else holds, be quiet, and wait for the jump."""
-        fd = memfd.create(self.name, SIZE)
-        memfd.seal_for_preservation(fd)
-        self.host.fds.keep(MEMORY, fd)
+        self._make_memory()
         self.host.session_fd = session_fd
         async with self.engine() as engine:
             await set_up(engine, self.host, self.name, self.guest)

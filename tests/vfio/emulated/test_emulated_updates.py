@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from emulated_vmm import DEVICE, SPACE, in_new_kernel, in_old_kernel
+from emulated_vmm import DEVICE, SPACE, Running, in_new_kernel, in_old_kernel
 from luod_world import World, new_world
 from passthrough_host import PHASE_ONE, PLUGIN
 
 FIRST, SECOND = "0000:00:04.0", "0000:00:05.0"
 DEVICES = (f"vfio0,bdf={FIRST}", f"vfio1,bdf={SECOND}")
+KINDS = {
+    "preserve": ["memfd", "iommufd", "vfio"],
+    "reattach": ["memfd", "iommufd-reopened", "vfio-reattached"],
+}
 
 
 @pytest.fixture
@@ -34,26 +38,30 @@ def kexec(world: World) -> None:
         world.kexec(admin)
 
 
+def go_over(world: World, vmm: Running, outcome: str = "preserve") -> None:
+    """Update, with a VMM that takes part, until it is buried in the new kernel."""
+    assert vmm.heard("subscribed")["dma"]
+    kexec(world)
+    assert vmm.heard("preserved") == {"at": "preserved", "outcome": outcome, "kinds": KINDS[outcome]}
+    vmm.heard("ready")
+    world.next_boot()
+    vmm.buried()
+
+
+def comes_back(world: World, vmm: Running) -> None:
+    """See a VMM restore all of its guest, to its end."""
+    assert vmm.heard("open")["steps"][0] == "0x10/memfd.retrieve"
+    assert vmm.heard("finished") == {"at": "finished", "dma": True, "proof": True}
+    assert vmm.end() == 0
+    assert session(world, "vm")["state"] == "finished"
+
+
 def test_a_device_goes_through_two_updates(world: World) -> None:
     """Restored by its plan, it is what the next update carries: the second one is asked for in the new kernel by a new VMM."""
-    for update in range(2):
-        vmm = in_old_kernel(world, "vm", FIRST)
-        assert vmm.heard("subscribed")["dma"]
-        kexec(world)
-        assert vmm.heard("preserved") == {
-            "at": "preserved",
-            "outcome": "preserve",
-            "kinds": ["memfd", "iommufd", "vfio"],
-        }
-        vmm.heard("ready")
-        world.next_boot()
-        vmm.buried()
+    for _ in range(2):
+        go_over(world, in_old_kernel(world, "vm", FIRST))
         assert world.control.state()["devices"]["vfio0"]["arrived"]
-        vmm = in_new_kernel(world, "vm", FIRST)
-        assert vmm.heard("open")["steps"][0] == "0x10/memfd.retrieve"
-        assert vmm.heard("finished") == {"at": "finished", "dma": True, "proof": True}
-        assert vmm.end() == 0
-        assert session(world, "vm")["state"] == "finished", update
+        comes_back(world, in_new_kernel(world, "vm", FIRST))
     state = world.control.state()["devices"]["vfio0"]
     assert (state["arrived"], state["bound"], state["faults"]) == (False, None, [])
 
@@ -97,11 +105,7 @@ def test_a_device_that_fails_fails_its_session_only(world: World) -> None:
 )
 def test_a_step_that_failed_can_be_made_again(world: World, op: str, step: str, errno_name: str) -> None:
     """What the kernel refuses once and not for ever: a VMM that is started again goes on where the other one stopped."""
-    vmm = in_old_kernel(world, "vm", FIRST)
-    vmm.heard("subscribed")
-    kexec(world)
-    world.next_boot()
-    vmm.buried()
+    go_over(world, in_old_kernel(world, "vm", FIRST))
     world.control.inject("device", op=op, errno=getattr(errno, errno_name))
     vmm = in_new_kernel(world, "vm", FIRST)
     vmm.heard("open")
@@ -111,11 +115,7 @@ def test_a_step_that_failed_can_be_made_again(world: World, op: str, step: str, 
     assert session(world, "vm")["state"] == "failed"
     with world.client() as admin:
         admin.resolve("vm.1", "retry")
-    vmm = in_new_kernel(world, "vm", FIRST)
-    vmm.heard("open")
-    assert vmm.heard("finished") == {"at": "finished", "dma": True, "proof": True}
-    assert vmm.end() == 0
-    assert session(world, "vm")["state"] == "finished"
+    comes_back(world, in_new_kernel(world, "vm", FIRST))
 
 
 def test_an_update_that_is_undone_leaves_a_working_device(world: World) -> None:
@@ -129,17 +129,8 @@ def test_an_update_that_is_undone_leaves_a_working_device(world: World) -> None:
     vmm.heard("aborted")
     assert vmm.end() == 0
     world.wait_record("update.aborted")
-    vmm = in_old_kernel(world, "vm", FIRST)
-    vmm.heard("subscribed")
-    kexec(world)
-    assert vmm.heard("preserved")["outcome"] == "preserve"
-    vmm.heard("ready")
-    world.next_boot()
-    vmm.buried()
-    vmm = in_new_kernel(world, "vm", FIRST)
-    vmm.heard("open")
-    assert vmm.heard("finished")["proof"]
-    vmm.end()
+    go_over(world, in_old_kernel(world, "vm", FIRST))
+    comes_back(world, in_new_kernel(world, "vm", FIRST))
 
 
 # -- kernels that do not carry devices -----------------------------------------------------------------------------------------
@@ -147,20 +138,8 @@ def test_an_update_that_is_undone_leaves_a_working_device(world: World) -> None:
 
 def test_devices_are_reattached_where_no_handler_is(disk_path: Path) -> None:
     with new_world(disk_path / "state", devices=DEVICES) as world:
-        vmm = in_old_kernel(world, "vm", FIRST, devices="reattach", own_tables=False)
-        assert vmm.heard("subscribed")["dma"]
-        kexec(world)
-        assert vmm.heard("preserved") == {
-            "at": "preserved",
-            "outcome": "reattach",
-            "kinds": ["memfd", "iommufd-reopened", "vfio-reattached"],
-        }
-        world.next_boot()
-        vmm.buried()
-        vmm = in_new_kernel(world, "vm", FIRST, devices="reattach")
-        vmm.heard("open")
-        assert vmm.heard("finished") == {"at": "finished", "dma": True, "proof": True}
-        assert vmm.end() == 0
+        go_over(world, in_old_kernel(world, "vm", FIRST, devices="reattach", own_tables=False), "reattach")
+        comes_back(world, in_new_kernel(world, "vm", FIRST, devices="reattach"))
 
 
 def test_without_that_policy_it_is_refused_with_what_to_do(disk_path: Path) -> None:
@@ -193,11 +172,7 @@ def test_a_shared_page_table_is_named_before_the_device_is_asked_for(world: Worl
 def test_with_phase_one_the_session_stays_open(disk_path: Path) -> None:
     """An iommufd goes over and does not come back: its session fails, says so, and is kept."""
     with new_world(disk_path / "state", handlers=(PHASE_ONE,), devices=DEVICES) as world:
-        vmm = in_old_kernel(world, "vm", FIRST)
-        vmm.heard("subscribed")
-        kexec(world)
-        world.next_boot()
-        vmm.buried()
+        go_over(world, in_old_kernel(world, "vm", FIRST))
         vmm = in_new_kernel(world, "vm", FIRST)
         vmm.heard("open")
         failed = vmm.heard("failed")
