@@ -93,6 +93,11 @@ def updated(pair, run_lab) -> LabRun:
         service("facts", UNIT, name="back"),
         systemctl("stop", *HOST),
         service("facts", *HOST, name="stopped"),
+        systemctl("mask", "--runtime", *HOST[1:]),
+        systemctl("start", UNIT),
+        service("until", UNIT, "waiting for luod"),
+        systemctl("stop", UNIT),
+        service("facts", UNIT, name="stopped-while-it-waits"),
     ]
     size = {"memory_mib": 1536 + 2 * GUEST_MIB + OWN_MIB}
     boots = [Boot(first, systemd=host), Boot(second, systemd=host)]
@@ -122,9 +127,14 @@ def test_the_guest_goes_on_in_the_new_kernel(updated, pair) -> None:
 
 
 def test_a_service_that_is_stopped_leaves_nothing_behind(updated) -> None:
-    back, *stopped = updated.of("unit")[2:]
+    back, *stopped = updated.of("unit")[2:-1]
     assert back["ActiveState"] == "active"
     assert {program[:4] for program in back["processes"].values()} >= {"qemu"}
     assert [one["name"] for one in stopped] == list(HOST)
     for one in stopped:
         assert (one["ActiveState"], one["Result"], one["processes"]) == ("inactive", "success", {})
+
+
+def test_a_service_that_waits_for_luod_can_be_stopped(updated) -> None:
+    stopped = updated.of("unit")[-1]
+    assert (stopped["ActiveState"], stopped["Result"], stopped["processes"]) == ("inactive", "success", {})
