@@ -246,14 +246,19 @@ def planned(devices: str) -> list[str]:
 def test_one_death(machines: dict[str, World], tmp_path: Path, devices: str, kept: bool, step: str) -> None:
     """A guest for each point of the step: they die at the same time and are restored at the same time."""
     with arrivals(machines[devices], devices, kept, [(one,) for one in ADDRESSES]) as arrived:
-        dying = [
-            (stage, one, injector(f"{one.name}/plan/{step}:{stage}", tmp_path / stage))
+        points = [
+            injector(f"{one.name}/plan/{step}:{stage}", tmp_path / stage)
             for stage, one in zip(STAGES, arrived, strict=True)
         ]
-        for stage, running in [(stage, one.begin(points)) for stage, one, points in dying]:
-            assert ended(running) is None, f"it was to die {stage}"
-        for one, running in [(one, one.begin(points)) for _, one, points in dying]:
-            one.judge(ended(running))
+
+        def together() -> list[dict[str, Any] | None]:
+            running = [one.begin(each) for one, each in zip(arrived, points, strict=True)]
+            return [ended(each) for each in running]
+
+        assert together() == [None] * len(STAGES), f"not all died at their points, {STAGES}"
+        for stage, one, found in zip(STAGES, arrived, together(), strict=True):
+            print(f"{one.name} had died at {stage}")
+            one.judge(found)
 
 
 def nowhere_to_be_found(_self: object, _args: object) -> Absent:
