@@ -97,7 +97,7 @@ def guest_script(
     """Return the two boots of an update to `image` with `guests` guests."""
     numbers = range(guests)
     directories = run("directories", ["/bin/mkdir", "-p", RUN, SERIALS, STATE / "guests"])
-    # A kexec writes back nothing, and QEMU does not flush what a guest says: without this the last lines would be missing.
+    # What a guest says after luod has had files written back is on no disk at the jump: without this the last lines would be missing.
     synced = run("synced", ["/usr/bin/env", "chattr", "+S", SERIALS])
     first = [
         directories, synced, keeper(), luod(), *(guest(n, across.old.binary, setting, *options(n), first=True) for n in numbers),
