@@ -36,7 +36,7 @@ test: dev
 	@$(BIN)/pytest -m 'not lab' -n $(JOBS) --dist loadfile $(ARGS)
 
 lab-test: dev
-	@$(BIN)/pytest -m lab $(ARGS)
+	@$(BIN)/pytest -m lab -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: dev
 	@$(BIN)/python -m bench $(ARGS)

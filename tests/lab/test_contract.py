@@ -120,5 +120,5 @@ def test_kexec_case(stages, case) -> None:
 
 def test_a_block_without_entries_panics_the_next_kernel(newest, run_lab) -> None:
     boots = [Boot([stage(1, "--only", "panic", "--hold"), kexec(newest)], expect="panic"), Boot([])]
-    lab = run_lab("contract-panic", newest, boots, timeout_s=90).check()
+    lab = run_lab("contract-panic", newest, boots, timeout_s=240).check()
     assert "invalid entry count: 0" in lab.console

@@ -81,13 +81,13 @@ class TestFiftyOneSessions:
         ]
 
     def test_without_the_guard_the_next_kernel_panics(self, newest, run_lab) -> None:
-        lab = run_lab("trap-unguarded", newest, self.boots(newest, "unguarded", "panic"), timeout_s=90)
+        lab = run_lab("trap-unguarded", newest, self.boots(newest, "unguarded", "panic"), timeout_s=240)
         lab.check()
         assert "Block contains invalid entry count: 0" in lab.console
         assert lab.boots_begun == 1
 
     def test_with_the_guard_all_sessions_come_over(self, newest, run_lab) -> None:
-        lab = run_lab("trap-guarded", newest, self.boots(newest, "guarded", "done"), timeout_s=90)
+        lab = run_lab("trap-guarded", newest, self.boots(newest, "guarded", "done"), timeout_s=240)
         lab.check()
         assert [event["sessions"] for event in lab.of("taken")] == [51]
 
@@ -99,7 +99,7 @@ def charged(newest, run_lab) -> dict[str, dict[str, int]]:
         Boot([start("make", program("charging.py", "make"), ready=True), kexec(newest)]),
         Boot([run("take", program("charging.py", "take"), cgroup="agent")]),
     ]
-    lab = run_lab("charging", newest, boots, timeout_s=90).check()
+    lab = run_lab("charging", newest, boots, timeout_s=240).check()
     return {event["who"]: event for event in lab.of("charged")}
 
 

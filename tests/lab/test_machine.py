@@ -12,7 +12,7 @@ import pytest
 from luod.lab.errors import LabRunFailed
 from luod.lab.script import Boot, run, send, start, wait
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
 
 
 def shell(name: str, text: str, **options):
@@ -39,7 +39,7 @@ def mishaps(newest, run_lab):
             ]
         )
     ]
-    return run_lab("mishaps", newest, boots, timeout_s=60)
+    return run_lab("mishaps", newest, boots, timeout_s=150)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_run_goes_on_where_it_may_and_still_is_a_failure(mishaps) -> None:
 
 
 def test_first_failure_ends_the_run(newest, run_lab) -> None:
-    lab = run_lab("stops", newest, [Boot([shell("bad", "exit 1"), shell("never", "true")])], timeout_s=60)
+    lab = run_lab("stops", newest, [Boot([shell("bad", "exit 1"), shell("never", "true")])], timeout_s=150)
     with pytest.raises(LabRunFailed, match="never"):
         lab.step("never")
     assert lab.ended == "off"

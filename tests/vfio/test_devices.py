@@ -12,7 +12,7 @@ from luod.lab.outcome import LabRun
 from luod.lab.passthrough import ARGUMENTS
 from luod.lab.script import Boot, run
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(400)]
 SOURCE = Path(__file__).parent / "programs" / "device_facts.py"
 
 
@@ -26,7 +26,7 @@ def cases() -> list[str]:
 
 @pytest.fixture(scope="module")
 def facts(pair, run_devices, program) -> LabRun:
-    boot = Boot([run("facts", program("device_facts.py"), timeout_s=150)], arguments=ARGUMENTS)
+    boot = Boot([run("facts", program("device_facts.py"), timeout_s=300)], arguments=ARGUMENTS)
     return run_devices("device-facts", pair[1], [boot], 180)
 
 

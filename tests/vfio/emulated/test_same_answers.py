@@ -25,7 +25,7 @@ DEVIATIONS: dict[str, str] = {}
 
 @pytest.fixture(scope="module")
 def real(pair, run_devices, program) -> dict[str, str]:
-    boot = Boot([run("answers", program("same_answers.py"), timeout_s=60)], arguments=ARGUMENTS)
+    boot = Boot([run("answers", program("same_answers.py"), timeout_s=150)], arguments=ARGUMENTS)
     outcome: LabRun = run_devices("same-answers", pair[1], [boot], 120)
     outcome.check()
     return dict(outcome.of("answers")[0]["answers"])
