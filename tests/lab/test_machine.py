@@ -91,7 +91,7 @@ def test_first_failure_ends_the_run(newest, run_lab) -> None:
 
 def test_machine_that_takes_too_long_is_stopped_and_the_place_named(newest, run_lab) -> None:
     lab = run_lab(
-        "too-long", newest, [Boot([shell("sleeps", "exec sleep 1000", timeout_s=1000)])], timeout_s=12
+        "too-long", newest, [Boot([shell("sleeps", "exec sleep 1000", timeout_s=1000)])], timeout_s=40
     )
     assert lab.ended == "timeout"
     assert lab.problem() == "the time ran out in boot 0, step 'sleeps'"
