@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import time
 from typing import Any
 
+from ..adapters.notify import tell_ready
 from .guest import REPORT_VARIABLE
 
 LONGEST_LINE = 32768
@@ -38,7 +38,4 @@ def emit(event: str, **fields: Any) -> None:
 
 def ready() -> None:
     """Say READY=1 to whoever started this program."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if address:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
-            notify.sendto(b"READY=1", address)
+    tell_ready(None)
