@@ -32,6 +32,16 @@ def preserve(*cast: Actor) -> None:
         actor.say("PRESERVED")
 
 
+def one_goes(scene: Scene, **order: object) -> None:
+    """Take one client through an update."""
+    (vm1,) = join(scene, "vm1")
+    scene.kexec(**order)
+    preserve(vm1)
+    assert vm1.event("FREEZE")["deadline_s"] > 0
+    vm1.last_word()
+    scene.arrive()
+
+
 def held_sync(scene: Scene) -> int:
     """Let every sync hang until it is released."""
     return scene.control.inject("call", op="SYNC", times=-1)
@@ -127,12 +137,7 @@ def test_who_subscribes_meanwhile_goes_along(scene: Scene) -> None:
 def test_an_update_does_not_wait_for_ever(new_scene: NewScene) -> None:
     scene = new_scene("[update]\nsync_s = 0.05\n")
     held_sync(scene)
-    (vm1,) = join(scene, "vm1")
-    scene.kexec()
-    preserve(vm1)
-    vm1.event("FREEZE")
-    vm1.last_word()
-    scene.arrive()
+    one_goes(scene)
     record = scene.world.wait_record("update.armed", "update/1")
     assert record["body"]["unwritten"] == LATE
     assert sentences.of(record).endswith(f"; the file systems were not written back: {LATE}")
@@ -170,12 +175,7 @@ def test_half_of_the_time_is_left_for_the_freeze(new_scene: NewScene) -> None:
     """A deadline that is shorter than the limit is not used up by the sync: the update would end for that."""
     scene = new_scene("[update]\nsync_s = 86400\n")
     held_sync(scene)
-    (vm1,) = join(scene, "vm1")
-    scene.kexec(deadline_s=2)
-    preserve(vm1)
-    assert vm1.event("FREEZE")["deadline_s"] > 0
-    vm1.last_word()
-    scene.arrive()
+    one_goes(scene, deadline_s=2)
     assert "did not end within" in armed(scene)["unwritten"]
 
 
@@ -241,23 +241,13 @@ def test_luod_is_stopped_meanwhile(new_scene: NewScene) -> None:
 
 def test_a_sync_that_fails_is_told(scene: Scene) -> None:
     scene.control.inject("sync", errno=errno.EIO)
-    (vm1,) = join(scene, "vm1")
-    scene.kexec()
-    preserve(vm1)
-    vm1.event("FREEZE")
-    vm1.last_word()
-    scene.arrive()
+    one_goes(scene)
     assert "EIO" in armed(scene)["unwritten"]
     assert "the file systems could not be written back" in scene.log()
 
 
 def test_switched_off(new_scene: NewScene) -> None:
     scene = new_scene("[update]\nsync_s = 0\n")
-    (vm1,) = join(scene, "vm1")
-    scene.kexec()
-    preserve(vm1)
-    vm1.event("FREEZE")
-    vm1.last_word()
-    scene.arrive()
+    one_goes(scene)
     assert "SYNC" not in made(scene)
     assert "unwritten" not in armed(scene)
