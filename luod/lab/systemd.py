@@ -8,6 +8,7 @@ masked that look for hardware or people. The script's steps are a unit too, `lab
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -104,5 +105,7 @@ def _file(path: str, text: str, mode: int = 0o644) -> dict[str, Any]:
 
 
 def _script(words: Sequence[str], environment: Mapping[str, str]) -> str:
-    setting = "".join(f"export {name}='{value}'\n" for name, value in environment.items() if name != "PATH")
-    return f'#!/bin/sh\n{setting}exec {" ".join(words)} "$@"\n'
+    exports = "".join(
+        f"export {name}={shlex.quote(value)}\n" for name, value in environment.items() if name != "PATH"
+    )
+    return f'#!/bin/sh\n{exports}exec {shlex.join(words)} "$@"\n'

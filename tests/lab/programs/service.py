@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What systemd says of a service, told from inside a lab machine.
 
-service.py facts UNIT        its state and the programs in its cgroup
+service.py facts UNIT...     their states and the programs in their cgroups
 service.py until UNIT TEXT   wait until its log has a line with TEXT
 """
 
@@ -23,7 +23,7 @@ def facts(*units: str) -> None:
 
 
 def facts_of(unit: str) -> None:
-    """Emit what systemd knows of one unit."""
+    """Do that for one unit."""
     shown = subprocess.run(
         ["systemctl", "show", "--property", ",".join(PROPERTIES), unit],
         check=True, capture_output=True, text=True,
