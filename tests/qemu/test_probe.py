@@ -14,7 +14,7 @@ import pytest
 from luod.adapters.qemu import probe as probing
 from luod.adapters.qemu.probe import Capabilities, probe
 
-FAKE = """#!{python}
+FAKE = """#!{python} -u
 import json, os, sys
 with open({log!r}, "a") as log:
     log.write(" ".join(sys.argv[1:]) + "\\n")
@@ -55,7 +55,7 @@ def answers(*, mode: str = "cpr-reboot", capability: str = "x-ignore-shared") ->
 
 
 class Fake:
-    """A program that answers as it is told, and notes how often it was started."""
+    """A program that answers as it is told, each answer at once as QEMU does, and notes how often it was started."""
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / "qemu-system-fake"
