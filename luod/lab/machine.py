@@ -34,6 +34,13 @@ from .script import REPOSITORY, Boot
 GUEST = Path(guest.__file__).resolve()
 COVERED = ("/tmp", "/run")
 """Directories that the guest mounts fresh memory over; what the run needs below them is shown again."""
+UNHURRIED = "no_timer_check tsc=nowatchdog"
+"""What keeps an emulated machine on a busy host from dying as it boots, where its processors stand still for longer than Linux expects.
+
+The test of the timer takes late interrupts for missing ones and panics: "IO-APIC + timer doesn't work!". The clocksource watchdog of
+Linux 7 waits with interrupts off for another processor that waits for it in stop_machine(), by a clock that its own interrupts drive: for
+ever (watchdog_wait_seq() in kernel/time/clocksource.c). Neither is asked of a machine that knows its hypervisor or has a reliable TSC.
+"""
 ROOT_ARGUMENTS = (
     "root=/dev/root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000 ro"
 )
@@ -96,7 +103,7 @@ class Machine:
     def command_line(self, arguments: str) -> str:
         """Return the kernel command line of a cold boot; `arguments` is the part that a scenario chooses."""
         return (
-            f"console=ttyS0 {ROOT_ARGUMENTS} panic=-1 quiet loglevel=5 {arguments} "
+            f"console=ttyS0 {ROOT_ARGUMENTS} panic=-1 {UNHURRIED} quiet loglevel=5 {arguments} "
             f"init={sys.executable} -- -I -S -B {GUEST}"
         )
 

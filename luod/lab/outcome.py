@@ -108,10 +108,16 @@ class LabRun:
     # -- judgement -------------------------------------------------------------------------------------------------------------
 
     def check(self) -> LabRun:
-        """Return this run if it went as its script wants, else raise `LabRunFailed` with the place and the last lines of each file."""
+        """Return this run if it went as its script wants, else raise `LabRunFailed` with the place and the last lines of each file.
+
+        What went wrong stands first and once more last, with the console before it: whoever keeps only one end of a long output
+        keeps the reason.
+        """
         problem = self.problem()
         if problem:
-            raise LabRunFailed(f"{problem}\n{self._last_lines()}", hint=self._files())
+            raise LabRunFailed(
+                f"{problem}\n{self._last_lines()}", hint=f"{problem.splitlines()[0]}; {self._files()}"
+            )
         return self
 
     def problem(self) -> str:
@@ -144,9 +150,10 @@ class LabRun:
         lines = self.console.splitlines()[-CONSOLE_LINES:]
         log = self.directory / "qemu.log"
         said = log.read_text("utf-8", "replace").strip() if log.exists() else ""
-        parts = ["--- last lines of the console", *lines] if lines else ["--- the console is empty"]
+        parts = [*last_words(self.directory)]
         parts += ["--- QEMU says", said] if said else []
-        return "\n".join([*parts, *last_words(self.directory)])
+        parts += ["--- last lines of the console", *lines] if lines else ["--- the console is empty"]
+        return "\n".join(parts)
 
     def _files(self) -> str:
         return f"everything about this run is in {self.directory}"

@@ -131,7 +131,18 @@ def test_failure_shows_the_last_records_of_each_boots_journal_and_the_timeline(t
     )
     drawn = (tmp_path / "timeline.txt").read_text("utf-8").splitlines()
     assert "update/2" in "".join(drawn)
-    assert text.endswith(drawn[-1])
+    assert drawn[-1] in text
+
+
+def test_either_end_of_a_failure_says_why(tmp_path) -> None:
+    test_failure_shows_the_last_records_of_each_boots_journal_and_the_timeline(tmp_path)
+    with pytest.raises(LabRunFailed) as caught:
+        ran(tmp_path, [BOOT], UP, console=PANIC).check()
+    lines = str(caught.value).splitlines()
+    why = "kernel panic after boot 0, step 'boot': luo: bad"
+    assert lines[0].startswith(why)
+    assert why in lines[-1]
+    assert lines[-1].startswith("[ 2.0] Kernel panic")
 
 
 def test_journal_that_cannot_be_read_does_not_hide_the_failure(tmp_path) -> None:
@@ -251,4 +262,5 @@ def test_command_line_puts_init_and_its_arguments_last(tmp_path, kernel, fake_qe
     line = Machine(kernel, tmp_path / "run").command_line("liveupdate=off")
     kernel_part, init_part = line.split(" -- ")
     assert "liveupdate=off init=" in kernel_part
+    assert {"no_timer_check", "tsc=nowatchdog"} <= set(kernel_part.split())
     assert init_part.endswith("guest.py")
