@@ -92,6 +92,20 @@ class Book:
         record = self.streams.get(stream)
         return record if isinstance(record, Session) else None
 
+    def known_session(self, stream: str) -> Session:
+        """Return a session whose id came from this book. Raises LookupError for any other."""
+        record = self.streams[stream]
+        if not isinstance(record, Session):
+            raise LookupError(f"{stream} is no session")
+        return record
+
+    def known_update(self, stream: str) -> Update:
+        """Return an update whose id came from this book. Raises LookupError for any other."""
+        record = self.streams[stream]
+        if not isinstance(record, Update):
+            raise LookupError(f"{stream} is no update")
+        return record
+
     def sessions(self) -> list[Session]:
         """Return all sessions, in the order in which they were bound."""
         return [record for record in self.streams.values() if isinstance(record, Session)]

@@ -13,6 +13,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
+from ..states.table import OUTGOING
 from ..states.table import SessionState as S
 from ..states.table import UpdateState as U
 
@@ -87,7 +88,6 @@ class SessionRule(NamedTuple):
 
 
 _ENDED = (S.FINISHED, S.ABORTED, S.LOST, S.EXPIRED)
-_OUTGOING = (S.CREATED, S.PRESERVED, S.READY)
 _INCOMING = (S.RETRIEVED, S.RESTORED, S.FAILED)
 
 SESSION_RULES: tuple[SessionRule, ...] = (
@@ -97,11 +97,11 @@ SESSION_RULES: tuple[SessionRule, ...] = (
     SessionRule((S.NEW,), "other", "*", SessionAction.ABORT),
     SessionRule((S.CREATED, S.PRESERVED), "same", "yes", SessionAction.ADOPT),
     SessionRule((S.READY,), "same", "yes", SessionAction.THAW),
-    SessionRule(_OUTGOING, "same", "no", SessionAction.ABORT),
-    SessionRule(_OUTGOING, "same", "unknown", SessionAction.KEEP),
-    SessionRule(_OUTGOING, "other", "yes", SessionAction.AWAIT),
-    SessionRule(_OUTGOING, "other", "unknown", SessionAction.AWAIT),
-    SessionRule(_OUTGOING, "other", "no", SessionAction.LOST),
+    SessionRule(OUTGOING, "same", "no", SessionAction.ABORT),
+    SessionRule(OUTGOING, "same", "unknown", SessionAction.KEEP),
+    SessionRule(OUTGOING, "other", "yes", SessionAction.AWAIT),
+    SessionRule(OUTGOING, "other", "unknown", SessionAction.AWAIT),
+    SessionRule(OUTGOING, "other", "no", SessionAction.LOST),
     SessionRule((S.REBOOTING,), "same", "*", SessionAction.REFUSED),
     SessionRule((S.REBOOTING,), "other", "yes", SessionAction.AWAIT),
     SessionRule((S.REBOOTING,), "other", "unknown", SessionAction.AWAIT),

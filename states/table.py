@@ -40,6 +40,12 @@ class SessionState(StrEnum):
     EXPIRED = "expired"
 
 
+OUTGOING = (SessionState.CREATED, SessionState.PRESERVED, SessionState.READY)
+"""The kernel of this boot holds the session, and may still be told to let go of it."""
+UNFINISHED = (SessionState.REBOOTING, SessionState.RETRIEVED, SessionState.RESTORED, SessionState.FAILED)
+"""The session came from an earlier boot and waits for its client: another kexec would destroy it."""
+
+
 class UpdateState(StrEnum):
     """Where an update stands."""
 

@@ -178,7 +178,7 @@ async def _serve(luod: Luod, run_directory: RunDirectory, args: argparse.Namespa
 async def _poll(server: Server) -> None:
     while True:
         await anyio.sleep(server.luod.config.deadlines.poll_s)
-        await server.desk.poll_claimed()
+        await server.claims.poll()
         await server.luod.ending.expire_unclaimed()
         await server.luod.second_holder.tend()
         if server.luod.journal.checkpoint_due():

@@ -24,7 +24,7 @@ from ..states import events as ev
 from ..states.fold import Session
 from ..views import record_json, session_json, update_json
 from .connection import Connection
-from .desk import Desk
+from .rights import Rights
 
 if TYPE_CHECKING:
     from ..journal.record import Record
@@ -37,14 +37,14 @@ PAGE_BYTES = 48_000
 class Admin:
     """Serves observers and admins of one luod."""
 
-    def __init__(self, luod: Luod, desk: Desk) -> None:
+    def __init__(self, luod: Luod, rights: Rights) -> None:
         self.luod = luod
         self.engine = luod.engine
-        self.desk = desk
+        self.rights = rights
         self._loading = anyio.Lock()
 
     def _only_admin(self, connection: Connection, verb: str) -> None:
-        if not self.desk.is_admin(connection.peer.uid):
+        if not self.rights.is_admin(connection.peer.uid):
             raise Refused(
                 "NOT_ALLOWED",
                 f"{verb} is not for uid {connection.peer.uid}",
@@ -52,7 +52,7 @@ class Admin:
             )
 
     def _visible(self, connection: Connection) -> list[Session]:
-        return [one for one in self.engine.book.sessions() if self.desk.may_see(connection, one)]
+        return [one for one in self.engine.book.sessions() if self.rights.may_see(connection, one)]
 
     # -- looking
 
@@ -64,7 +64,7 @@ class Admin:
         updates = self.engine.book.updates()
         visible = self._visible(connection)
         ids = {one.id for one in visible}
-        if self.desk.is_admin(connection.peer.uid):
+        if self.rights.is_admin(connection.peer.uid):
             ids |= {"luod", *(one.id for one in updates)}
         return {
             "version": __version__,
@@ -93,7 +93,7 @@ class Admin:
         """Return one session, by its id or by its client's id."""
         book = self.engine.book
         found = book.session(name) or book.of_client(name)
-        if found is None or found.seq == 0 or not self.desk.may_see(connection, found):
+        if found is None or found.seq == 0 or not self.rights.may_see(connection, found):
             raise Refused("UNKNOWN_ID", f"there is no session {name!r}", hint="`luoctl sessions` lists them")
         return {"session": session_json(found)}
 
@@ -101,7 +101,7 @@ class Admin:
         """Return the connected clients that the caller may see, paged like the sessions."""
         rows: list[Reply] = []
         for one in self.luod.connections:
-            if one.peer.uid != connection.peer.uid and not self.desk.is_admin(connection.peer.uid):
+            if one.peer.uid != connection.peer.uid and not self.rights.is_admin(connection.peer.uid):
                 continue
             for client in one.clients:
                 session = self.engine.book.of_client(client)
@@ -134,10 +134,10 @@ class Admin:
 
     def may_read(self, connection: Connection, stream: str) -> bool:
         """Say whether a caller may read a stream of the journal."""
-        if self.desk.is_admin(connection.peer.uid):
+        if self.rights.is_admin(connection.peer.uid):
             return True
         session = self.engine.book.session(stream)
-        return session is not None and self.desk.may_see(connection, session)
+        return session is not None and self.rights.may_see(connection, session)
 
     async def watch(self, connection: Connection, after: int | None) -> Reply:
         """Send every record from now on, or from a journal id on, as PROGRESS events."""
@@ -195,7 +195,7 @@ class Admin:
         if command.id:
             book = self.engine.book
             found = book.session(command.id) or book.of_client(command.id)
-            if found is None or found.seq == 0 or not self.desk.may_see(connection, found):
+            if found is None or found.seq == 0 or not self.rights.may_see(connection, found):
                 raise Refused(
                     "UNKNOWN_ID", f"there is no session {command.id!r}", hint="`luoctl sessions` lists them"
                 )

@@ -2,7 +2,8 @@
 """LUOD put together: the engine, the kernel, the second holder, the connections and the director.
 
 `Luod` is what its parts share. It knows which connection speaks for which client and what of a session is where; decisions are made in
-`desk` (what one client may do), `director` (how an update goes) and `recovery` (what a new process or a new kernel finds).
+`desk` and `claims` (what one client may do, before and after the kexec), `director` and `gate` (how an update goes, and whom it waits
+for), `ending` (how sessions end) and `recovery` (what a new process or a new kernel finds).
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from ..states.table import SessionState as S
 from .blackbox import BlackBox
 from .config import Config
 from .connection import Connection
-from .director import Director, now, pid_alive
+from .director import Director
 from .effects import Held, all_effects
 from .ending import Ending
-from .peers import Peer
-from .pulse import Pulse
+from .gate import Gate
+from .peers import Peer, pid_alive
+from .pulse import Pulse, now
 from .second_holder import SecondHolder
 from .turns import Turns
 from .writeback import WriteBack
@@ -69,6 +71,7 @@ class Luod:
         self.engine = Engine(journal, effects, boot_id=boot_id, points=points)
         self.engine.listeners.append(self._listen)
         self.connections: set[Connection] = set()
+        self.gate = Gate(self)
         self.director = Director(self)
         self.ending = Ending(self)
         self.turns = Turns(self)

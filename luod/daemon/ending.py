@@ -20,9 +20,9 @@ from ..engine.reconcile import Held as HeldAnswer
 from ..states import events as ev
 from ..states.errors import IllegalTransition
 from ..states.fold import Session
+from ..states.table import OUTGOING, UNFINISHED, UpdateState
 from ..states.table import SessionState as S
-from ..states.table import UpdateState
-from .director import OUTGOING, UNFINISHED, now
+from .pulse import now
 
 if TYPE_CHECKING:
     from .core import Luod
@@ -36,6 +36,7 @@ class Ending:
     def __init__(self, luod: Luod) -> None:
         self.luod = luod
         self.engine = luod.engine
+        self.book = luod.engine.book
         self._undoing: set[str] = set()
         self._undone: list[str] = []
 
@@ -55,7 +56,7 @@ class Ending:
         finally:
             self._undoing.difference_update(names)
             self.luod.pulse.beat()
-        if self.engine.book.current_update() is None:
+        if self.book.current_update() is None:
             await self.rebind()
 
     async def rebind(self) -> None:
@@ -65,7 +66,7 @@ class Ending:
         """
         undone, self._undone = self._undone, []
         for name in undone:
-            await self.luod.rebind(self._session(name))
+            await self.luod.rebind(self.book.known_session(name))
 
     @property
     def busy(self) -> bool:
@@ -74,7 +75,7 @@ class Ending:
 
     async def _ask(self, names: Sequence[str], reason: str) -> None:
         asked: list[tuple[str, ev.Event]] = []
-        for session in map(self._session, names):
+        for session in map(self.book.known_session, names):
             why = reason or session.abort_reason
             if not session.abort_reason:
                 asked.append((session.id, ev.SessionAbortRequested(why)))
@@ -83,7 +84,7 @@ class Ending:
         if asked:
             await self.engine.record(*asked)
         limit = self.luod.config.deadlines.abort_s
-        for session in map(self._session, names):
+        for session in map(self.book.known_session, names):
             told = {"id": session.client, "reason": session.abort_reason}
             self.luod.tell(session, {"event": "RESUME", **told})
             if self.luod.tell(session, {"event": "ABORT", **told, "deadline_s": limit}):
@@ -94,14 +95,22 @@ class Ending:
         again = False
         while left := [one for one in names if self._open(one)]:
             # A call that has begun is never cancelled; and while one is in doubt nobody can say what there is to be let go.
-            await self.luod.pulse.until(lambda: not any(self._session(one).doubts() for one in left), NEVER)
+            await self.luod.pulse.until(
+                lambda: not any(self.book.known_session(one).doubts() for one in left), NEVER
+            )
             await self.engine.perform(
-                *(release(one) for one in map(self._session, left) if f"{one.id}/create" in one.effects),
+                *(
+                    release(one)
+                    for one in map(self.book.known_session, left)
+                    if f"{one.id}/create" in one.effects
+                ),
                 again=again,
             )
-            await self.luod.pulse.until(lambda: all(self.luod.let_go(self._session(one)) for one in left), by)
+            await self.luod.pulse.until(
+                lambda: all(self.luod.let_go(self.book.known_session(one)) for one in left), by
+            )
             gone: list[tuple[str, ev.Event]] = []
-            for session in map(self._session, left):
+            for session in map(self.book.known_session, left):
                 holder = "" if self.luod.let_go(session) else self.luod.holder(session)
                 gone.append((session.id, ev.SessionAborted(reason or session.abort_reason, holder)))
             try:
@@ -118,7 +127,7 @@ class Ending:
             except IllegalTransition:
                 pass  # somebody was quicker, or its kernel session is being made right now
         with contextlib.suppress(Refused):  # it has ended meanwhile
-            await self.luod.director.abort_session(self._session(session.id), reason)
+            await self.luod.director.abort_session(self.book.known_session(session.id), reason)
 
     # -- after the kexec
 
@@ -128,7 +137,7 @@ class Ending:
         Raises `Refused` when it waits for neither, or the kernel does not let it be taken.
         """
         async with self.luod.lock(session.client):
-            session = self._session(session.id)
+            session = self.book.known_session(session.id)
             if session.state not in UNFINISHED:
                 raise Refused(
                     "OUT_OF_ORDER",
@@ -166,11 +175,11 @@ class Ending:
     async def expire_unclaimed(self) -> None:
         """Give up sessions that nobody has claimed in time, and free their memory."""
         limit = self.luod.config.deadlines.claim_s
-        update = self.engine.book.current_update()
+        update = self.book.current_update()
         began = update.entered.get(UpdateState.RECOVERING) if update is not None else None
         if limit <= 0 or began is None or now() < began.boot_ns / 1e9 + limit:
             return
-        for session in self.engine.book.live_sessions():
+        for session in self.book.live_sessions():
             if session.state == S.REBOOTING and self.luod.connection(session) is None:
                 try:
                     await self.give_up(session, f"nobody claimed it within {limit:g} s")
@@ -197,13 +206,8 @@ class Ending:
 
     # -- small things
 
-    def _session(self, name: str) -> Session:
-        session = self.engine.book.session(name)
-        assert session is not None
-        return session
-
     def _open(self, name: str) -> bool:
-        return self._session(name).state in (S.NEW, *OUTGOING)
+        return self.book.known_session(name).state in (S.NEW, *OUTGOING)
 
 
 def release(session: Session) -> Intent:

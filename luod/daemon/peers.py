@@ -70,3 +70,12 @@ class Peer:
             anyio.notify_closing(self.pidfd)
             os.close(self.pidfd)
             self.pidfd = -1
+
+
+def pid_alive(pid: int) -> bool:
+    """Say whether a process of this pid runs; for owners that a restarted luod only knows by number."""
+    try:
+        os.close(os.pidfd_open(pid))
+    except OSError:
+        return False
+    return True

@@ -9,6 +9,11 @@ from collections.abc import Callable
 import anyio
 
 
+def now() -> float:
+    """Return the seconds since boot, suspend included: the clock of all deadlines, which every process of a boot shares."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Pulse:
     """Wakes everybody who waits each time it beats."""
 
@@ -30,7 +35,7 @@ class Pulse:
             beat = self._event
             if condition():
                 return True
-            left = deadline - time.clock_gettime(time.CLOCK_BOOTTIME)
+            left = deadline - now()
             if left <= 0:
                 return False
             with anyio.move_on_after(left):

@@ -25,8 +25,10 @@ from ..engine.errors import Refused
 from ..journal.errors import JournalError
 from ..states.errors import BadName, IllegalTransition, LuodError
 from .admin import Admin
+from .claims import Claims
 from .connection import Connection
 from .desk import Desk
+from .rights import Rights
 
 if TYPE_CHECKING:
     from .core import Luod
@@ -104,8 +106,10 @@ class Server:
 
     def __init__(self, luod: Luod) -> None:
         self.luod = luod
-        self.desk = Desk(luod)
-        self.admin = Admin(luod, self.desk)
+        self.rights = Rights(luod)
+        self.desk = Desk(luod, self.rights)
+        self.claims = Claims(luod, self.rights)
+        self.admin = Admin(luod, self.rights)
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept connections for ever."""
@@ -133,7 +137,7 @@ class Server:
         self.luod.connections.add(connection)
         connection.since = time.monotonic()
         try:
-            if not self.desk.is_admin(uid) and per_uid[uid] >= self.luod.config.limits.connections:
+            if not self.rights.is_admin(uid) and per_uid[uid] >= self.luod.config.limits.connections:
                 connection.push(
                     _event_error(Refused("LIMIT", f"uid {uid} has {per_uid[uid]} connections already"))
                 )
@@ -148,7 +152,7 @@ class Server:
             with anyio.CancelScope(shield=True):
                 connection.close()
                 clients = self.luod.detach(connection)
-                await self.desk.left(connection, clients)
+                await self.claims.left(connection, clients)
 
     async def _frame(self, connection: Connection, frame: wire.Frame | wire.ProtocolError) -> None:
         if isinstance(frame, wire.ProtocolError):
@@ -182,7 +186,7 @@ class Server:
             connection.push(_reply_error(seq, error))
 
     async def _obey(self, connection: Connection, command: Any, fds: list[int]) -> dict[str, Any] | None:
-        desk, admin = self.desk, self.admin
+        desk, claims, admin = self.desk, self.claims, self.admin
         match str(command.__struct_config__.tag):
             case "HELLO":
                 return await desk.hello(connection, command)
@@ -203,12 +207,12 @@ class Server:
             case "ADOPT":
                 return await desk.adopt(connection, command, fds)
             case "CLAIM":
-                await desk.claim(connection, command)
+                await claims.claim(connection, command)
                 return None
             case "RESTORED":
-                return await desk.restored(connection, command)
+                return await claims.restored(connection, command)
             case "FINISHED":
-                return await desk.finished(connection, command)
+                return await claims.finished(connection, command)
             case "STATUS":
                 return await admin.status(connection)
             case "CLIENTS":

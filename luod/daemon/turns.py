@@ -11,7 +11,7 @@ from ..engine.turns import may_restore
 from ..states.fold import Session
 from ..states.table import UpdateState as U
 from .connection import Connection
-from .director import now
+from .pulse import now
 
 if TYPE_CHECKING:
     from .core import Luod

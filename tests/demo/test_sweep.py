@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from msgspec.structs import replace
 
-from luod.daemon import director, effects
+from luod.daemon import effects, gate
 from luod.demo.command import at_point
 from luod.demo.outcome import Setting
 from luod.demo.sweep import Verdict, all_settings, one_run, sweep, twice, verdict_of
@@ -92,12 +92,12 @@ def no_second_holder() -> None:
 
 def never_waits_for_the_silent() -> None:
     """An update goes on without clients whose connection has died with luod."""
-    honest = director.Director._participants
+    honest = gate.Gate.participants
 
-    def participants(self: director.Director, update: str, *among: Sequence[str]) -> list[Session]:
+    def participants(self: gate.Gate, update: str, *among: Sequence[str]) -> list[Session]:
         return [one for one in honest(self, update, *among) if one.update == update]
 
-    director.Director._participants = participants  # type: ignore[method-assign]
+    gate.Gate.participants = participants  # type: ignore[method-assign]
 
 
 def lets_go_of_nothing() -> None:
