@@ -132,9 +132,27 @@ def test_what_only_the_host_sees_may_change(scene: Scene) -> None:
     scene.check()
 
 
-def test_a_cpu_model_of_the_hosts_own_may_be_the_same(scene: Scene) -> None:
-    scene.record, scene.digest = save(scene.ram, scene.record_fd, scene.state, cpu_features=("avx", "sse2"))
-    scene.features = ("sse2", "avx")
+@pytest.mark.parametrize(
+    ("saved", "now"),
+    [
+        (("avx", "sse2"), ("sse2", "avx")),
+        (("avx", "sse2"), ("avx", "avx2", "sse2")),
+        (("level=13", "phys-bits=39"), ("level=31", "phys-bits=46")),
+    ],
+    ids=["the same", "more features", "higher limits"],
+)
+def test_a_cpu_model_of_the_hosts_own_may_mean_the_same_or_more(
+    saved: tuple[str, ...], now: tuple[str, ...], scene: Scene
+) -> None:
+    scene.record, scene.digest = save(scene.ram, scene.record_fd, scene.state, cpu_features=saved)
+    scene.features = now
+    scene.check()
+
+
+def test_the_words_of_another_qemu_for_a_cpu_are_not_compared_with_those_of_this_one(scene: Scene) -> None:
+    scene.record, scene.digest = save(scene.ram, scene.record_fd, scene.state, cpu_features=("pmu", "sse2"))
+    scene.capabilities = replace(QEMU, version="11.1.3")
+    scene.features = ("sse2", "x-vendor-cpuid-only-v2")
     scene.check()
 
 
@@ -207,6 +225,18 @@ def other_cpu_feature(scene: Scene) -> None:
 def host_cpu_changed(scene: Scene) -> None:
     scene.record, scene.digest = save(scene.ram, scene.record_fd, scene.state, cpu_features=("avx", "sse2"))
     scene.features = ("sse2", "pcid")
+
+
+def smaller_address_space(scene: Scene) -> None:
+    scene.record, scene.digest = save(scene.ram, scene.record_fd, scene.state, cpu_features=("phys-bits=46",))
+    scene.features = ("phys-bits=39",)
+
+
+def another_vendor(scene: Scene) -> None:
+    scene.record, scene.digest = save(
+        scene.ram, scene.record_fd, scene.state, cpu_features=("vendor=GenuineIntel",)
+    )
+    scene.features = ("vendor=AuthenticAMD",)
 
 
 def extra_device(scene: Scene) -> None:
@@ -290,7 +320,9 @@ WRONG: list[tuple[Callable[[Scene], None], type[QemuError], str]] = [
     (longer_state, StateCorrupt, "25601"),
     (other_cpu, ConfigMismatch, "CPU was qemu64, and is max"),
     (other_cpu_feature, ConfigMismatch, "qemu64,-nx"),
-    (host_cpu_changed, ConfigMismatch, r"-avx \+pcid"),
+    (host_cpu_changed, ConfigMismatch, r"means less here: -avx \("),
+    (smaller_address_space, ConfigMismatch, "phys-bits was 46 and is 39"),
+    (another_vendor, ConfigMismatch, "vendor was GenuineIntel and is AuthenticAMD"),
     (extra_device, ConfigMismatch, "added: `-device virtio-balloon-pci`"),
     (same_device_twice, ConfigMismatch, "added: `-device virtio-rng-pci`"),
     (missing_device, ConfigMismatch, "missing: `-device virtio-rng-pci`"),
