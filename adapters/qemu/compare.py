@@ -94,16 +94,21 @@ def _features(record: Record, now: Now) -> Iterable[str]:
     """
     if record.qemu != now.capabilities.version:
         return
-    there = dict(word.partition("=")[::2] for word in now.cpu_features)
+    there = _valued(now.cpu_features)
     less: list[str] = []
-    for word in record.cpu_features:
-        name, _, value = word.partition("=")
+    for name, value in _valued(record.cpu_features).items():
         if name not in there:
-            less.append(f"-{word}")
+            less.append(f"-{name}={value}" if value else f"-{name}")
         elif there[name] != value and not _grew(value, there[name]):
             less.append(f"{name} was {value} and is {there[name]}")
     if less:
         yield f"the CPU model means less here: {', '.join(less[:12])}{' ...' if len(less) > 12 else ''}"
+
+
+def _valued(words: Iterable[str]) -> dict[str, str]:
+    """Return the values of the words of a CPU model; a feature that is on has an empty one."""
+    split = (word.partition("=") for word in words)
+    return {name: value for name, _, value in split}
 
 
 def _grew(saved: str, now: str) -> bool:
