@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from linux_rig import LinuxGuest
+from own_network import own_network
 from wrapper_rig import Host
 
 from luod.lab.errors import LabUnavailable
 from luod.lab.images import KernelImage, find_image
 from luod.lab.qemus import available_qemus
 
+OVMF = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 
@@ -120,3 +124,90 @@ def test_it_goes_from_the_oldest_qemu_to_the_newest(host: Host, guest: LinuxGues
     guest.whole()
     assert guest.power_off() == 0
     assert guest.log.end == guest.log.last
+
+
+def test_as_a_management_layer_writes_its_command_line(host: Host, guest: LinuxGuest) -> None:
+    """JSON for devices and block nodes, disks past the page cache in a thread of their own, a sandbox, a uuid: libvirt's manner."""
+    serial = guest.command[guest.command.index("-chardev") + 1]
+    guest.command = [
+        "qemu-system-x86_64", "-name", "guest=vm1,debug-threads=on",
+        "-machine", "pc-q35-9.2,usb=off,dump-guest-core=off,memory-backend=pc.ram",
+        "-accel", "tcg,thread=multi", "-cpu", "Nehalem,vmx=off", "-m", "size=163840k",
+        "-object", '{"qom-type":"memory-backend-ram","id":"pc.ram","size":167772160}', "-overcommit", "mem-lock=off",
+        "-smp", "2,sockets=2,cores=1,threads=1", "-object", '{"qom-type":"iothread","id":"iothread1"}',
+        "-uuid", "6f0e3a0e-3a0e-4a0e-8a0e-6f0e3a0e3a0e", "-display", "none", "-no-user-config", "-nodefaults",
+        "-rtc", "base=utc,driftfix=slew", "-no-reboot", "-boot", "strict=on",
+        "-device", '{"driver":"pcie-root-port","port":16,"chassis":1,"id":"pci.1","bus":"pcie.0","multifunction":true,"addr":"0x2"}',
+        "-device", '{"driver":"pcie-root-port","port":17,"chassis":2,"id":"pci.2","bus":"pcie.0","addr":"0x2.0x1"}',
+        "-blockdev", json.dumps({"driver": "file", "filename": str(guest.disk), "aio": "native", "node-name": "storage",
+                                 "cache": {"direct": True, "no-flush": False}}),
+        "-blockdev", json.dumps({"driver": "qcow2", "file": "storage", "node-name": "format",
+                                 "cache": {"direct": True, "no-flush": False}}),
+        "-device", '{"driver":"virtio-blk-pci","iothread":"iothread1","bus":"pci.1","addr":"0x0","drive":"format","id":"disk0"}',
+        "-netdev", '{"type":"user","id":"hostnet0"}',
+        "-device", '{"driver":"virtio-net-pci","netdev":"hostnet0","id":"net0","mac":"52:54:00:11:22:33","bus":"pci.2","addr":"0x0"}',
+        "-chardev", serial, "-device", '{"driver":"isa-serial","chardev":"s0","id":"serial0","index":0}',
+        "-global", "ICH9-LPC.noreboot=off", "-watchdog-action", "reset",
+        "-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny", "-msg", "timestamp=on",
+        *guest.command[guest.command.index("-kernel"):guest.command.index("-smp")],
+    ]  # fmt: skip
+    guest.start()
+    guest.whole()
+    for _ in range(2):
+        host.kexec()
+        host.reboot()
+        guest.start()
+        guest.whole()
+    assert guest.power_off() == 0
+    assert guest.log.end == guest.log.last
+
+
+def test_on_a_tap_device(disk_path: Path, kernel: KernelImage) -> None:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(own_network("tap0", "10.0.2.2"))
+        except OSError as error:
+            pytest.skip(f"no network of its own for a test here: {error}")
+        host = stack.enter_context(Host(disk_path / "state"))
+        network = "tap,ifname=tap0,script=no,downscript=no"
+        guest = LinuxGuest(host.world, "vm1", kernel=kernel, network=network, host="10.0.2.2")
+        host.enter_context(guest)
+        host.tenants.append(guest)
+        guest.start()
+        guest.whole()
+        host.kexec()
+        host.reboot()
+        guest.start()
+        guest.whole()
+        assert guest.power_off() == 0
+
+
+def test_with_uefi_and_its_variables_in_flash(host: Host, guest: LinuxGuest) -> None:
+    if not OVMF.exists():
+        pytest.skip("needs the firmware of the package ovmf")
+    variables = guest.disk.with_name("vars.fd")
+    shutil.copy(OVMF.with_name("OVMF_VARS_4M.fd"), variables)
+    guest.log.strict = False  # the firmware speaks on the serial port, too
+    guest.command += [
+        "-drive", f"if=pflash,format=raw,readonly=on,file={OVMF}", "-drive", f"if=pflash,format=raw,file={variables}",
+    ]  # fmt: skip
+    guest.start()
+    guest.whole()
+    for _ in range(2):
+        host.kexec()
+        host.reboot()
+        guest.start()
+        guest.whole()
+
+
+def test_a_device_that_qemu_cannot_migrate_is_named_and_the_guest_goes_on(
+    host: Host, guest: LinuxGuest
+) -> None:
+    extra = guest.disk.with_name("extra.img")
+    extra.write_bytes(bytes(1 << 20))
+    guest.command += ["-drive", f"file={extra},format=raw,if=none,id=d1", "-device", "nvme,drive=d1,serial=1"]
+    guest.start()
+    guest.whole()
+    host.kexec()
+    assert "nvme" in host.aborted()
+    guest.whole()
