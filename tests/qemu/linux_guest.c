@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The first process of a Linux guest: a server in small. It counts, keeps each number on its disk before it says it, and sends it to
-// its host by UDP. PORT of the host is on the kernel's command line as `port=PORT`; the host echoes a number, or answers `end`.
+// its host by UDP. PORT of the host is on the kernel's command line as `port=PORT`; the host echoes a number, or answers `end`, `again` or `sleep`.
 //
 //     guest: boot ID log N                    the machine's boot id, and the numbers that an earlier boot left on the disk
 //     guest: tick N mono MS echo N            number N was written and fsynced; the last number that the host has echoed
+//     guest: sleeps                           the machine suspends to RAM; the next line is said when it was woken
 //     guest: wrong TEXT                       what must not happen
-//     guest: end log N                        all numbers read back from the disk itself; the machine powers off
+//     guest: end log N                        all numbers read back from the disk itself; the machine powers off, or starts again
 
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -98,7 +99,7 @@ static long count(int log)
     return number;
 }
 
-static void end(int log)
+static void end(int log, int how)
 {
     int caches = open("/proc/sys/vm/drop_caches", O_WRONLY);
     sync();
@@ -106,19 +107,28 @@ static void end(int log)
     say("end log %ld", count(log));
     close(log);
     must(mount("", "/", "", MS_REMOUNT | MS_RDONLY, "") == 0, "the disk at the end");
-    reboot(RB_POWER_OFF);
+    reboot(how);
+}
+
+static void suspend(void)
+{
+    int state = open("/sys/power/state", O_WRONLY | O_CLOEXEC);
+    say("sleeps");
+    must(state >= 0 && write(state, "mem", 3) == 3, "suspend to RAM");
+    close(state);
 }
 
 int main(void)
 {
     char id[64] = {0}, record[32], answer[32];
     must(mount("proc", "/proc", "proc", 0, "") == 0, "/proc");
+    must(mount("sysfs", "/sys", "sysfs", 0, "") == 0, "/sys");
     int boot_id = open("/proc/sys/kernel/random/boot_id", O_RDONLY);
     must(boot_id >= 0 && read(boot_id, id, 36) == 36, "boot id");
     int log = open("/log", O_RDWR | O_CREAT | O_CLOEXEC, 0600);
     must(log >= 0, "/log");
     long number = count(log), echoed = 0, before = monotonic_ms();
-    int ending = 0;
+    int ending = 0, sleepy = 0;
     say("boot %s log %ld", id, number);
     int host = network(host_port());
     for (;;) {
@@ -132,7 +142,11 @@ int main(void)
         while ((length = recv(host, answer, sizeof answer - 1, 0)) > 0) {
             answer[length] = 0;
             if (strcmp(answer, "end") == 0)
-                ending = 1;
+                ending = RB_POWER_OFF;
+            else if (strcmp(answer, "again") == 0)
+                ending = RB_AUTOBOOT;
+            else if (strcmp(answer, "sleep") == 0)
+                sleepy = 1;
             else
                 echoed = atol(answer);
         }
@@ -142,6 +156,11 @@ int main(void)
         before = now;
         say("tick %ld mono %ld echo %ld", number, now, echoed);
         if (ending)
-            end(log);
+            end(log, ending);
+        if (sleepy) {
+            suspend();
+            sleepy = 0;
+            before = monotonic_ms();
+        }
     }
 }

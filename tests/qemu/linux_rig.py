@@ -46,6 +46,7 @@ class LinuxLog:
     echoed: int = 0
     end: int = -1
     strict: bool = True
+    asleep: bool = False
     findings: list[str] = field(default_factory=list)
     _rest: bytes = b""
 
@@ -62,14 +63,18 @@ class LinuxLog:
         if boot := _BOOT.search(line):
             self.ids.add(boot[1])
             self.left.append(int(boot[2]))
-            if self.last not in (0, self.left[-1]):
+            if self.last not in (0, self.left[-1]) or self.end not in (-1, self.last):
                 self.findings.append(f"after tick {self.last}: {line}")
             self.last = self.left[-1]
+            self.end = -1
         elif tick := _TICK.search(line):
             number, self.echoed = int(tick[1]), int(tick[3])
             if number != self.last + 1:
                 self.findings.append(f"tick {number} after tick {self.last}")
             self.last = number
+            self.asleep = False
+        elif line == "guest: sleeps":
+            self.asleep = True
         elif end := _END.search(line):
             self.end = int(end[1])
         elif (
@@ -120,7 +125,7 @@ class LinuxGuest(Tenant):
         self.disk = make_disk(world.state.parent / name)
         self.host = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
         self.host.bind((host, 0))
-        self.ending = False
+        self.order = b""
         self.command = linux_command(
             kernel, self.disk, self.fifo, self.host.getsockname()[1], "-smp", "2", qemu=binary, accel="tcg,thread=multi",
             network=network,
@@ -130,16 +135,29 @@ class LinuxGuest(Tenant):
         self._listen(lambda: self.log.last >= tick)
         return self.log.last
 
-    def whole(self) -> None:
+    def whole(self, boots: int = 1) -> None:
         """Fail unless the guest goes on, has lost no number, and its network works in both directions."""
         last = self.log.last
         self._listen(lambda: self.log.last >= last + 20 and self.log.echoed > last)
         assert self.log.findings == [], self.log
-        assert len(self.log.ids) == self.log.boots == 1, self.log
+        assert len(self.log.ids) == self.log.boots == boots, self.log
+
+    def sleep(self) -> None:
+        """Let the guest suspend to RAM, and wait until it has said that it does."""
+        self.order = b"sleep"
+        self._listen(lambda: self.log.asleep)
+
+    def boot_again(self) -> None:
+        """Let the guest start its machine again, and wait until it is back."""
+        boots = self.log.boots
+        self.order = b"again"
+        self._listen(lambda: self.log.end >= 0)
+        self.order = b""
+        self._listen(lambda: self.log.boots > boots)
 
     def power_off(self) -> int:
         """Let the guest read its disk and power off; return luo-qemu's exit code."""
-        self.ending = True
+        self.order = b"end"
         self._listen(lambda: self.log.end >= 0)
         code = self.wait()
         self.drain()
@@ -157,7 +175,8 @@ class LinuxGuest(Tenant):
             if self.host in ready:
                 number, guest = self.host.recvfrom(64)
                 with contextlib.suppress(OSError):  # the QEMU whose port that was is gone
-                    self.host.sendto(b"end" if self.ending else number, guest)
+                    self.host.sendto(self.order or number, guest)
+                    self.order = b"" if self.order == b"sleep" else self.order
 
     def __exit__(self, *error: Any) -> None:
         self.host.close()
@@ -170,7 +189,7 @@ def make_disk(place: Path, seen_as: Path | None = None) -> Path:
     `seen_as` is that directory where the guest's QEMU will be.
     """
     root = place / "root"
-    for folder in ("dev", "proc"):
+    for folder in ("dev", "proc", "sys"):
         (root / folder).mkdir(parents=True)
     compiler = shutil.which("cc") or "cc"
     subprocess.run(

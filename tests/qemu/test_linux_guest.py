@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +15,7 @@ from linux_rig import LinuxGuest
 from own_network import own_network
 from wrapper_rig import Host
 
+from luod.adapters.qemu.monitor import Monitor
 from luod.lab.errors import LabUnavailable
 from luod.lab.images import KernelImage, find_image
 from luod.lab.qemus import available_qemus
@@ -69,8 +71,7 @@ def test_what_it_wrote_is_on_its_disk_for_a_cold_start(host: Host, guest: LinuxG
     guest.start()
     guest.whole()
     assert guest.power_off() == 0
-    guest.ending = False
-    guest.log.end = -1
+    guest.order = b""
     guest.start()
     guest.speak()
     assert guest.log.findings == []
@@ -160,6 +161,52 @@ def test_as_a_management_layer_writes_its_command_line(host: Host, guest: LinuxG
         guest.whole()
     assert guest.power_off() == 0
     assert guest.log.end == guest.log.last
+
+
+def test_it_may_start_itself_again_before_and_after_an_update(host: Host, guest: LinuxGuest) -> None:
+    guest.command.remove("-no-reboot")
+    guest.log.strict = False  # the firmware has a word when a machine starts again
+    guest.start()
+    guest.whole()
+    guest.boot_again()
+    for boots in (2, 3):
+        host.kexec()
+        host.reboot()
+        guest.start()
+        guest.whole(boots)
+        guest.boot_again()
+        guest.whole(boots + 1)
+    assert guest.power_off() == 0
+    assert guest.log.end == guest.log.last
+
+
+def test_while_it_is_suspended_to_ram(host: Host, guest: LinuxGuest) -> None:
+    path = host.world.dir / "users.qmp"
+    guest.command += [
+        "-global",
+        "ICH9-LPC.disable_s3=0",
+        "-qmp",
+        f"unix:{path},server=on,wait=off",
+    ]
+    guest.start()
+    guest.whole()
+    guest.sleep()
+    with Monitor.connect(path, timeout_s=30) as monitor:
+        with monitor.listen() as events:
+            if monitor.execute("query-status")["status"] != "suspended":
+                events.wait({"SUSPEND"}, time.monotonic() + 30)
+    for _ in range(2):
+        last = guest.drain()
+        host.kexec()
+        host.reboot()
+        guest.start()
+        with Monitor.connect(path, timeout_s=30) as monitor:
+            assert monitor.execute("query-status")["status"] == "suspended"
+    assert guest.drain() == last
+    with Monitor.connect(path, timeout_s=30) as monitor:
+        monitor.execute("system_wakeup")
+    guest.whole()
+    assert guest.power_off() == 0
 
 
 def test_on_a_tap_device(disk_path: Path, kernel: KernelImage) -> None:
