@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import time
@@ -180,23 +181,30 @@ def test_it_may_start_itself_again_before_and_after_an_update(host: Host, guest:
     assert guest.log.end == guest.log.last
 
 
+def users_monitor(guest: LinuxGuest) -> Path:
+    path = guest.world.dir / "users.qmp"
+    guest.command += ["-qmp", f"unix:{path},server=on,wait=off"]
+    return path
+
+
+def await_status(monitor: Monitor, status: str, event: str) -> None:
+    """Wait until a guest is in a runstate to which an event leads."""
+    with monitor.listen() as events:
+        if monitor.execute("query-status")["status"] != status:
+            events.wait({event}, time.monotonic() + 30)
+        assert monitor.execute("query-status")["status"] == status
+
+
 def test_while_it_is_suspended_to_ram(host: Host, guest: LinuxGuest) -> None:
-    path = host.world.dir / "users.qmp"
-    guest.command += [
-        "-global",
-        "ICH9-LPC.disable_s3=0",
-        "-qmp",
-        f"unix:{path},server=on,wait=off",
-    ]
+    path = users_monitor(guest)
+    guest.command += ["-global", "ICH9-LPC.disable_s3=0"]
     guest.start()
     guest.whole()
     guest.sleep()
     with Monitor.connect(path, timeout_s=30) as monitor:
-        with monitor.listen() as events:
-            if monitor.execute("query-status")["status"] != "suspended":
-                events.wait({"SUSPEND"}, time.monotonic() + 30)
+        await_status(monitor, "suspended", "SUSPEND")
+    last = guest.drain()
     for _ in range(2):
-        last = guest.drain()
         host.kexec()
         host.reboot()
         guest.start()
@@ -207,6 +215,36 @@ def test_while_it_is_suspended_to_ram(host: Host, guest: LinuxGuest) -> None:
         monitor.execute("system_wakeup")
     guest.whole()
     assert guest.power_off() == 0
+
+
+def test_while_its_disk_has_no_space(host: Host, guest: LinuxGuest) -> None:
+    """werror=stop: the guest stands still until somebody has made room, then and in the new kernel; no write is lost."""
+    path = users_monitor(guest)
+    fault = {"event": "write_aio", "errno": errno.ENOSPC, "once": True}
+    file = {
+        "driver": "blkdebug",
+        "image": {"driver": "file", "filename": str(guest.disk)},
+        "inject-error": [fault],
+    }
+    where = guest.command.index("-drive")
+    guest.command[where : where + 4] = [
+        "-blockdev", json.dumps({"driver": "qcow2", "node-name": "d0", "file": file}),
+        "-device", "virtio-blk-pci,drive=d0,werror=stop",
+    ]  # fmt: skip
+    guest.start()
+    with Monitor.connect(path, timeout_s=30) as monitor:
+        await_status(monitor, "io-error", "STOP")
+    host.kexec()
+    host.reboot()
+    guest.start()
+    with Monitor.connect(path, timeout_s=30) as monitor:
+        assert monitor.execute("query-status")["status"] == "io-error"
+        monitor.execute("cont")  # the new QEMU has a fault of its own
+        await_status(monitor, "io-error", "STOP")
+        monitor.execute("cont")
+    guest.whole()
+    assert guest.power_off() == 0
+    assert guest.log.end == guest.log.last
 
 
 def test_on_a_tap_device(disk_path: Path, kernel: KernelImage) -> None:
