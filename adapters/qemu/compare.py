@@ -44,9 +44,8 @@ def compare(record: Record, digest: bytes, now: Now) -> None:
     name = record.name
     differences = [
         *_machine(record, now.capabilities),
-        *_hardware(record.hardware, hardware(now.argv[1:])),
+        *unlike(record.hardware, {one.id: one.size for one in record.ram}, now.argv[1:]),
         *_features(record, now),
-        *_backends(record, backends(now.argv[1:])),
     ]
     if differences:
         raise ConfigMismatch(
@@ -57,6 +56,14 @@ def compare(record: Record, digest: bytes, now: Now) -> None:
     saved = {one.id: {"size": one.size, "sample": one.sample} for one in record.ram}
     vmstate.require_own_ram(name, now.ram, saved, TRAILER)
     vmstate.require_whole_vmstate(name, now.vmstate, record.vmstate.length, record.vmstate.sha256)
+
+
+def unlike(saved: Hardware, sizes: Mapping[str, int], words: Sequence[str]) -> list[str]:
+    """Return how the machine that a command line builds differs from a guest's, whose memory has these sizes by id.
+
+    Raises `NotACommandLine`.
+    """
+    return [*_hardware(saved, hardware(words)), *_backends(sizes, backends(words))]
 
 
 def _machine(record: Record, capabilities: Capabilities) -> Iterable[str]:
@@ -116,8 +123,7 @@ def _grew(saved: str, now: str) -> bool:
     return saved.isdecimal() and now.isdecimal() and int(now) >= int(saved)
 
 
-def _backends(record: Record, now: Sequence[Backend]) -> Iterable[str]:
-    saved = {one.id: one.size for one in record.ram}
+def _backends(saved: Mapping[str, int], now: Sequence[Backend]) -> Iterable[str]:
     there = {one.id: one for one in now}
     for missing in sorted(saved.keys() - there.keys()):
         yield f"the memory {missing} is missing"

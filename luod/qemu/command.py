@@ -17,6 +17,7 @@ import uuid
 from pathlib import Path
 
 import anyio
+import msgspec
 
 from ..adapters.kernel import open_kernel
 from ..adapters.notify import tell_ready
@@ -90,7 +91,12 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="accept a journal that a power cut destroys (tmpfs, overlay, NFS)",
     )
-    cli.add_argument("--check", action="store_true", help="say what becomes of the command line, and end")
+    cli.add_argument(
+        "--check",
+        action="store_true",
+        help="say what becomes of the command line, and whether the guest that runs would come back with it; then end",
+    )
+    cli.add_argument("--json", action="store_true", help="with --check: as JSON")
     cli.add_argument(
         "--ready-fd",
         type=int,
@@ -124,7 +130,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         name = check_client_id(args.name or name_of(command))
         if args.check:
-            return check(command)
+            return check(name, command, args.state or STATE / name, as_json=args.json)
         return anyio.run(functools.partial(live, name, command, args), backend="asyncio")
     except LuodError as error:
         return tell(error)
@@ -157,15 +163,28 @@ def name_of(command: list[str]) -> str:
     return (lookup(parse_fields(given[-1], "guest"), "guest") if given else None) or "vm"
 
 
-def check(command: list[str]) -> int:
-    """Say what luo-qemu would make of a command line. Raises as `Plan.adapted` does."""
-    from ..adapters.qemu.arguments import adapt
-    from ..adapters.qemu.probe import probe
+def check(name: str, command: list[str], state: Path, *, as_json: bool) -> int:
+    """Say what luo-qemu would make of a command line, and whether the guest that runs would come back with it.
 
-    adapted = adapt(command, probe(command[0]))
-    for note in adapted.notes:
+    Raises as `rehearse` does, and `ConfigMismatch` for a guest that would not.
+    """
+    from ..adapters.qemu.errors import ConfigMismatch
+    from .rehearsal import rehearse
+
+    found = rehearse(name, command, state)
+    if as_json:
+        sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
+        return 1 if found.differences else 0
+    for note in found.notes:
         print(f"- {note}")
-    print(*adapted.argv({one.id: 3 + number for number, one in enumerate(adapted.ram)}, Path("qmp.sock")))
+    print(*found.argv)
+    if found.differences:
+        raise ConfigMismatch(
+            f"{name} runs, and would not come back with this: {'; '.join(found.differences)}",
+            hint="it goes on as it is; put the command line right before the next update, or start the guest anew",
+        )
+    if found.runs:
+        print(f"{name} runs, and would come back with this")
     return 0
 
 
