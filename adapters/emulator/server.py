@@ -14,91 +14,20 @@ import os
 import select
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from ..liveupdate import abi
 from . import device_calls, wire
+from .calls import Answer, Call, Channel, Held, abandon, send, send_answer
 from .core import Blocked, Session
 from .faults import Fault
-from .handlers import File, Refused
+from .handlers import Refused
 from .machine import Machine
-from .open_file import OpenFile, Reference
+from .open_file import OpenFile
 from .population import Population
 
 _BATCH = 4096
-
-
-@dataclass(eq=False)
-class Channel:
-    """An open /dev/liveupdate, an open session, or an open file of another device: our end of its socket."""
-
-    sock: socket.socket
-    session: Session | None = None
-    opened: OpenFile | None = None
-    waiting: bool = False
-    """A call on it is held, or its last close sleeps: nothing more is read."""
-
-
-@dataclass(eq=False)
-class Answer:
-    """What goes back to a caller. `lent` is sent and stays ours; `given` is sent and closed here."""
-
-    code: int = 0
-    body: bytes = b""
-    lent: int = -1
-    given: socket.socket | Reference | None = None
-
-
-@dataclass(eq=False)
-class Call:
-    """One ioctl on its way: the raw request, the socket for the answer, and the file that came with it."""
-
-    channel: Channel
-    request: int
-    buf: bytes
-    reply: socket.socket
-    file: File | None
-    pid: int
-    answer: Answer | None = None
-    device: device_calls.CallRequest | None = None
-    files: dict[int, File] = field(default_factory=dict[int, File])
-    """On a device file: the call, and the files it names."""
-
-    @property
-    def operation(self) -> str | None:
-        """The name of the ioctl."""
-        if self.channel.opened is not None:
-            return self.channel.opened.requests.get(self.request, (None, None))[0]
-        return abi.OPERATIONS.get(self.request)
-
-    @property
-    def token(self) -> int | None:
-        """The token of PRESERVE_FD and RETRIEVE_FD."""
-        if (
-            self.channel.opened is None
-            and self.request in (abi.PRESERVE_FD, abi.RETRIEVE_FD)
-            and len(self.buf) >= abi.S_FD.size
-        ):
-            return int.from_bytes(self.buf[8:16], "little")
-        return None
-
-    @property
-    def session_name(self) -> bytes | None:
-        """The session it is about, as far as the caller said."""
-        if self.channel.session is not None:
-            return self.channel.session.name
-        if self.channel.opened is not None:
-            return None
-        return self.buf[8:72].split(b"\0", 1)[0] if len(self.buf) >= abi.S_SESSION.size else None
-
-
-@dataclass(eq=False)
-class Held:
-    """A call that a fault holds."""
-
-    fault: Fault
-    call: Call
 
 
 class KernelServer:
@@ -338,7 +267,7 @@ class KernelServer:
             answer = Answer(error.errno or errno.EIO)
         self.unwatch(sock.fileno())
         del self._opening[sock.fileno()]
-        _send(sock, answer)
+        send(sock, answer)
 
     def _end_opening(self) -> None:
         for sock in self._opening.values():
@@ -426,7 +355,7 @@ class KernelServer:
         if fault is not None:
             self._hold(fault, call)
         else:
-            _send_answer(call)
+            send_answer(call)
 
     def _run(self, call: Call) -> Answer:
         if call.channel.opened is not None:
@@ -492,7 +421,7 @@ class KernelServer:
             if held.call.answer is None:
                 self._execute(held.call)
             else:
-                _send_answer(held.call)
+                send_answer(held.call)
         if self.jump_fault is fault:
             self.jump_fault = None
             self.jump()
@@ -529,41 +458,15 @@ class KernelServer:
         for channel in self._channels.values():
             # Callers that were not served yet belong to this world as well.
             while (call := self._receive(channel)) is not None:
-                _abandon(call)
+                abandon(call)
         for pidfd in self._pidfds:
             self._hangups.unregister(pidfd)
         self._pidfds.clear()
         self.population.kill()
         for call in [*self._blocked, *(held.call for held in self.held)]:
-            _abandon(call)
+            abandon(call)
         self._blocked.clear()
         self.held.clear()
         self.jump_fault = None
         for channel in list(self._channels.values()):
             self._drop(channel)
-
-
-def _send_answer(call: Call) -> None:
-    _send(call.reply, call.answer or Answer(errno.EIO))
-
-
-def _send(reply: socket.socket, answer: Answer) -> None:
-    fds = [answer.given.fileno()] if answer.given else [answer.lent] if answer.lent >= 0 else []
-    with contextlib.suppress(
-        OSError
-    ):  # the caller was killed meanwhile; a session it was to get hangs up at once
-        wire.send_with_fds(
-            reply, wire.REPLY.pack(answer.code, bool(fds)) + answer.body, fds, socket.MSG_DONTWAIT
-        )
-    if answer.given:
-        answer.given.close()
-    reply.close()
-
-
-def _abandon(call: Call) -> None:
-    call.reply.close()
-    for file in (call.file, *call.files.values()):
-        if file is not None:
-            file.close()
-    if call.answer is not None and call.answer.given is not None:
-        call.answer.given.close()
