@@ -267,12 +267,15 @@ class _Adaptation:
             *(word for one in ram for word in ("-object", f"{MARK}{one.id}@")),
             *(word for option in self.options if not self._replaced(option, ram) for word in option.words()),
         ]  # fmt: skip
+        paused = any(option.name == "S" for option in self.options)
+        if paused:
+            self.notes.append("-S: a new guest waits for `cont` on a monitor of yours")
         return Adapted(
             binary=self.binary,
             words=tuple(words),
             ram=tuple(ram),
             hardware=hardware(words),
-            paused=any(option.name == "S" for option in self.options),
+            paused=paused,
             notes=tuple(self.notes),
         )
 

@@ -234,6 +234,7 @@ def test_what_is_executed_is_what_was_adapted() -> None:
 
 def test_a_guest_that_is_started_stopped() -> None:
     assert adapted("-S").paused
+    assert "-S: a new guest waits for `cont` on a monitor of yours" in adapted("-S").notes
 
 
 # -- what cannot be carried over
