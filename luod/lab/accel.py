@@ -18,7 +18,9 @@ from .errors import LabUnavailable
 from .images import KernelImage, cache_root
 
 QEMU = "qemu-system-x86_64"
-TCG = ("-accel", "tcg,thread=multi")
+TCG = ("-accel", "tcg,thread=single")
+"""All processors of a machine in one thread: with one each, QEMU 10.0 aborts when a device's memory moves while another processor
+accesses it (`iotlb_to_section: Assertion`), as passthrough devices' does at every reset. It is no slower: machines run side by side."""
 KVM = ("-accel", "kvm")
 PROBE_S = 20.0
 """Seconds a KVM guest gets to show its first kernel messages; with working KVM it takes less than one."""

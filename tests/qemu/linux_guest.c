@@ -25,7 +25,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { RECORD = 16, TICK_MS = 20, LONGEST_STEP_MS = 10000 };
+enum { RECORD = 16, TICK_MS = 20, LONGEST_STEP_MS = 40000 };
 
 static void say(const char *format, ...)
 {
