@@ -21,6 +21,7 @@ QEMU = "qemu-system-x86_64"
 TCG = ("-accel", "tcg,thread=single")
 """All processors of a machine in one thread: with one each, QEMU 10.0 aborts when a device's memory moves while another processor
 accesses it (`iotlb_to_section: Assertion`), as passthrough devices' does at every reset. It is no slower: machines run side by side."""
+PARALLEL_TCG = ("-accel", "tcg,thread=multi")
 KVM = ("-accel", "kvm")
 PROBE_S = 20.0
 """Seconds a KVM guest gets to show its first kernel messages; with working KVM it takes less than one."""
@@ -56,6 +57,15 @@ def acceleration(
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps([key, works]), encoding="utf-8")
     return KVM if works else TCG
+
+
+def parallel_acceleration(image: KernelImage) -> tuple[str, ...]:
+    """Return the options for a machine that emulates guests of its own, which want more than one processor of this host.
+
+    Not for machines with passthrough devices: see `TCG`.
+    """
+    found = acceleration(image)
+    return PARALLEL_TCG if found == TCG else found
 
 
 def _remembered(file: Path, key: str) -> bool | None:

@@ -18,7 +18,7 @@ from ..demo.guests import MIB, GuestReport, GuestSetting, SerialPort, qemu_comma
 from ..journal.replay import Replay
 from ..timeline import Story
 from ..tinyguest import image as tinyguest
-from .accel import qemu
+from .accel import parallel_acceleration, qemu
 from .errors import LabUnavailable
 from .images import KernelImage
 from .machine import Machine
@@ -138,8 +138,9 @@ def lab_guests(
     setting = setting or GuestSetting(mib=GUEST_MIB, hz=5, ticks_of_a_pass=24, before=4)
     across = across or crossing()
     machine = Machine(
-        kernel, directory, memory_mib=1536 + guests * (2 * setting.mib + OWN_MIB), state_mib=256
-    )
+        kernel, directory, memory_mib=1536 + guests * (2 * setting.mib + OWN_MIB), state_mib=256,
+        accel=parallel_acceleration(kernel),
+    )  # fmt: skip
     script = guest_script(next_kernel, across, guests=guests, setting=setting, options=options)
     outcome = machine.run(
         script, timeout_s=timeout_s, files={"tinyguest": tinyguest.IMAGE}, on_event=on_event

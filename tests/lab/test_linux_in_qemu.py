@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "qemu"))
 
 from linux_rig import DISK_MIB, RAM_MIB, LinuxLog, linux_command, make_disk
 
+from luod.lab.accel import parallel_acceleration
 from luod.lab.guests import OWN_MIB, PATIENCE_S, SERIALS, SLOW, crossing, done
 from luod.lab.images import KernelImage
 from luod.lab.outcome import LabRun
@@ -69,9 +70,10 @@ def crossed(
         wait("vm1", timeout_s=PATIENCE_S), done(),
     ]  # fmt: skip
     files = {f"linux/{name}": (place / name).read_bytes() for name in ("base.img", "disk.qcow2")}
+    more = {"accel": parallel_acceleration(old)}
     size = {"memory_mib": 1536 + 2 * RAM_MIB + OWN_MIB, "state_mib": 256 + 2 * DISK_MIB}
     found: LabRun = run_lab(
-        "linux-guest", old, [Boot(first), Boot(second)], timeout_s=800, files=files, **size
+        "linux-guest", old, [Boot(first), Boot(second)], timeout_s=800, files=files, **size, **more
     )
     return found.check()
 
