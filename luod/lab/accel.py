@@ -19,8 +19,8 @@ from .images import KernelImage, cache_root
 
 QEMU = "qemu-system-x86_64"
 TCG = ("-accel", "tcg,thread=single")
-"""All processors of a machine in one thread: with one each, QEMU 10.0 aborts when a device's memory moves while another processor
-accesses it (`iotlb_to_section: Assertion`), as passthrough devices' does at every reset. It is no slower: machines run side by side."""
+"""All processors of a machine in one thread. With one each, QEMU 10.0.2 was seen to abort on a loaded host while passthrough devices
+were reset and their memory moved (`iotlb_to_section: Assertion`). It is no slower: machines run side by side."""
 PARALLEL_TCG = ("-accel", "tcg,thread=multi")
 KVM = ("-accel", "kvm")
 PROBE_S = 20.0
