@@ -172,11 +172,11 @@ async def _update(luod: Luod, held: HeldAnswer, news: BoxNews, why: str) -> None
                 luod.director.resume(update)
             else:
                 await engine.record((update.id, ev.UpdateDisarmed("luod was restarted after the barrier")))
-                luod.director.resume(luod.engine.book.streams[update.id])  # type: ignore[arg-type]
+                luod.director.resume(book.known_update(update.id))
         case UpdateAction.REFUSED:
             jump = update.effects.get(f"{update.id}/reboot")
             await luod.director.refused(update.id, jump.errno if jump else "", "luod died before the kexec")
-            luod.director.resume(luod.engine.book.streams[update.id])  # type: ignore[arg-type]
+            luod.director.resume(book.known_update(update.id))
         case UpdateAction.RECOVER:
             await engine.record((update.id, ev.UpdateRecovering(news)))
         case UpdateAction.LOST:

@@ -39,14 +39,16 @@ def qemu() -> str:
 
 
 def acceleration(
-    image: KernelImage, *, device: Path = Path("/dev/kvm"), cache: Path | None = None
+    image: KernelImage, *, parallel: bool = False, device: Path = Path("/dev/kvm"), cache: Path | None = None
 ) -> tuple[str, ...]:
     """Return QEMU's options for the acceleration to use: KVM where a guest really boots with it, else software emulation.
 
-    The answer is kept for this boot of the host and this QEMU.
+    `parallel` is for a machine that emulates guests of its own, which want more than one processor of this host; not for one with
+    passthrough devices, see `TCG`. The answer is kept for this boot of the host and this QEMU.
     """
+    emulation = PARALLEL_TCG if parallel else TCG
     if not os.access(device, os.R_OK | os.W_OK):
-        return TCG
+        return emulation
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
     key = f"{boot_id} {qemu()} {os.stat(qemu()).st_mtime_ns}"
     file = (cache or cache_root()) / "kvm-probe.json"
@@ -56,16 +58,7 @@ def acceleration(
         with contextlib.suppress(OSError):  # a read-only cache only costs the next run its own probe
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps([key, works]), encoding="utf-8")
-    return KVM if works else TCG
-
-
-def parallel_acceleration(image: KernelImage) -> tuple[str, ...]:
-    """Return the options for a machine that emulates guests of its own, which want more than one processor of this host.
-
-    Not for machines with passthrough devices: see `TCG`.
-    """
-    found = acceleration(image)
-    return PARALLEL_TCG if found == TCG else found
+    return KVM if works else emulation
 
 
 def _remembered(file: Path, key: str) -> bool | None:

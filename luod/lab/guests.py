@@ -18,7 +18,7 @@ from ..demo.guests import MIB, GuestReport, GuestSetting, SerialPort, qemu_comma
 from ..journal.replay import Replay
 from ..timeline import Story
 from ..tinyguest import image as tinyguest
-from .accel import parallel_acceleration, qemu
+from .accel import acceleration, qemu
 from .errors import LabUnavailable
 from .images import KernelImage
 from .machine import Machine
@@ -62,13 +62,11 @@ def crossing() -> Crossing:
     return Crossing(found[0], found[-1])
 
 
-def guest(number: int, binary: Path, setting: GuestSetting, *options: str, first: bool) -> Step:
+def luo_qemu(name: str, binary: Path, command: Sequence[str | Path], *options: str, first: bool) -> Step:
     """Start a guest under luo-qemu: the same command in both boots, but for where its QEMU is found.
 
     In the first boot the next step waits until it runs and luod knows it.
     """
-    name = f"vm{number}"
-    command = qemu_command("qemu-system-x86_64", SERIALS / f"{name}.serial", KERNEL, number, setting)
     arguments = (
         "--name", name, "--socket", RUN / "liveupdate.sock", "--run", RUN / name, "--state", STATE / "guests" / name,
         "--slow", str(SLOW), *(("--ready-fd", "5") if first else ()), *options, "--", *command,
@@ -78,6 +76,13 @@ def guest(number: int, binary: Path, setting: GuestSetting, *options: str, first
         name, "luod.qemu.command", *arguments, stays=True, ready_fd=5 if first else 0, cgroup=name,
         environment={"PATH": path}, timeout_s=PATIENCE_S,
     )  # fmt: skip
+
+
+def guest(number: int, binary: Path, setting: GuestSetting, *options: str, first: bool) -> Step:
+    """Start a tiny guest under luo-qemu."""
+    name = f"vm{number}"
+    command = qemu_command("qemu-system-x86_64", SERIALS / f"{name}.serial", KERNEL, number, setting)
+    return luo_qemu(name, binary, command, *options, first=first)
 
 
 def ticks(what: str, guests: int, *more: str | Path) -> Step:
@@ -139,7 +144,7 @@ def lab_guests(
     across = across or crossing()
     machine = Machine(
         kernel, directory, memory_mib=1536 + guests * (2 * setting.mib + OWN_MIB), state_mib=256,
-        accel=parallel_acceleration(kernel),
+        accel=acceleration(kernel, parallel=True),
     )  # fmt: skip
     script = guest_script(next_kernel, across, guests=guests, setting=setting, options=options)
     outcome = machine.run(

@@ -39,7 +39,7 @@ UNHURRIED = "no_timer_check tsc=nowatchdog"
 
 The test of the timer takes late interrupts for missing ones and panics: "IO-APIC + timer doesn't work!". The clocksource watchdog of
 Linux 7 waits with interrupts off for another processor that waits for it in stop_machine(), by a clock that its own interrupts drive: for
-ever (watchdog_wait_seq() in kernel/time/clocksource.c). Neither is asked of a machine that knows its hypervisor or has a reliable TSC.
+ever (watchdog_wait_seq() in kernel/time/clocksource.c).
 """
 ROOT_ARGUMENTS = (
     "root=/dev/root rootfstype=9p rootflags=trans=virtio,version=9p2000.L,cache=loose,msize=512000 ro"

@@ -53,7 +53,7 @@ VMSTATE_TOKEN = 0x1000
 class Plan:
     """How the guest is to be started: the user's command line, and the directory in which answers of QEMU binaries are kept."""
 
-    def __init__(self, command: list[str], cache: Path) -> None:
+    def __init__(self, command: list[str], cache: Path | None) -> None:
         self.command = command
         self.cache = cache
 

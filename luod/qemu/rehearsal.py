@@ -13,15 +13,15 @@ from pathlib import Path
 
 import msgspec
 
-from ..adapters.qemu.arguments import adapt, backends, hardware
+from ..adapters.qemu.arguments import backends, hardware
 from ..adapters.qemu.compare import unlike
 from ..adapters.qemu.errors import NotThatQemu
-from ..adapters.qemu.probe import probe
 from ..adapters.qemu.process import identity
 from ..journal.errors import JournalMissing
 from ..journal.replay import Replay
 from ..states.codec import decode
 from ..states.events import EffectOutcome
+from .effects import Plan
 
 
 class Rehearsal(msgspec.Struct, frozen=True):
@@ -43,10 +43,9 @@ def rehearse(name: str, command: list[str], state: Path) -> Rehearsal:
     mine = os.access(state, os.R_OK | os.W_OK | os.X_OK)
     if not mine and state.exists():
         notes.append(f"whether {name} runs cannot be seen: {state} is another user's")
-    capabilities = probe(command[0], cache=state if mine else None)
     running = running_argv(state) if mine else []
     before = hardware(running[1:]).machine if running else ""
-    adapted = adapt(command, capabilities, recorded_machine=before)
+    adapted = Plan(command, state if mine else None).adapted(before)
     argv = adapted.argv({one.id: 3 + number for number, one in enumerate(adapted.ram)}, Path("qmp.sock"))
     differences: list[str] = []
     if running:

@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "qemu"))
 
 from linux_rig import DISK_MIB, RAM_MIB, LinuxLog, linux_command, make_disk
 
-from luod.lab.accel import parallel_acceleration
-from luod.lab.guests import OWN_MIB, PATIENCE_S, SERIALS, SLOW, crossing, done
+from luod.lab.accel import acceleration
+from luod.lab.guests import OWN_MIB, PATIENCE_S, SERIALS, crossing, done, luo_qemu
 from luod.lab.images import KernelImage
 from luod.lab.outcome import LabRun
-from luod.lab.script import STATE, Boot, Step, python, run, wait
+from luod.lab.script import STATE, Boot, Step, run, wait
 from luod.lab.update import LUOD_STATE, RUN, keeper, luod, order
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -29,15 +29,7 @@ pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
 
 def guest(kernel: KernelImage, qemu: Path, *, first: bool) -> Step:
     command = linux_command(kernel, DISKS / "disk.qcow2", SERIALS / "vm1.serial", PORT)
-    arguments = (
-        "--name", "vm1", "--socket", RUN / "liveupdate.sock", "--run", RUN / "vm1", "--state", STATE / "guests" / "vm1",
-        "--slow", str(SLOW), *(("--ready-fd", "5") if first else ()), "--", *command,
-    )  # fmt: skip
-    path = f"{qemu.parent}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-    return python(
-        "vm1", "luod.qemu.command", *arguments, stays=True, ready_fd=5 if first else 0,
-        environment={"PATH": path}, timeout_s=PATIENCE_S,
-    )  # fmt: skip
+    return luo_qemu("vm1", qemu, command, first=first)
 
 
 def host(name: str, *arguments: object) -> Step:
@@ -70,7 +62,7 @@ def crossed(
         wait("vm1", timeout_s=PATIENCE_S), done(),
     ]  # fmt: skip
     files = {f"linux/{name}": (place / name).read_bytes() for name in ("base.img", "disk.qcow2")}
-    more = {"accel": parallel_acceleration(old)}
+    more = {"accel": acceleration(old, parallel=True)}
     size = {"memory_mib": 1536 + 2 * RAM_MIB + OWN_MIB, "state_mib": 256 + 2 * DISK_MIB}
     found: LabRun = run_lab(
         "linux-guest", old, [Boot(first), Boot(second)], timeout_s=800, files=files, **size, **more

@@ -131,7 +131,7 @@ def test_failure_shows_the_last_records_of_each_boots_journal_and_the_timeline(t
     )
     drawn = (tmp_path / "timeline.txt").read_text("utf-8").splitlines()
     assert "update/2" in "".join(drawn)
-    assert drawn[-1] in text
+    assert text.endswith(f"{drawn[-1]}\n--- the console is empty")
 
 
 def test_either_end_of_a_failure_says_why(tmp_path) -> None:
@@ -219,6 +219,8 @@ def test_kvm_counts_only_when_a_guest_boots_with_it(tmp_path, kernel, fake_qemu)
     device, count = tmp_path / "kvm", tmp_path / "count"
     shows_root = f"echo x >>{count}; for word; do case $word in file:*) echo 'Unable to mount root fs' >${{word#file:}};; esac; done"
     assert accel.acceleration(kernel, device=device, cache=tmp_path) == accel.TCG
+    parallel = accel.acceleration(kernel, parallel=True, device=device, cache=tmp_path)
+    assert parallel == accel.PARALLEL_TCG != accel.TCG
     device.touch()
     fake_qemu(f"echo x >>{count}; echo 'KVM internal error'")
     for _ in range(2):

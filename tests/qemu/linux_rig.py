@@ -22,6 +22,7 @@ from wrapper_rig import PATIENCE_S, QEMU, Tenant
 
 from luod.lab.disk import make_state_disk
 from luod.lab.images import KernelImage
+from luod.lab.machine import UNHURRIED
 
 SOURCE = Path(__file__).parent / "linux_guest.c"
 DISK_MIB = 64
@@ -94,9 +95,7 @@ def linux_command(
     network: str = "user",
 ) -> list[str]:
     """Return a usual command line for such a guest; `port` is where its host listens, at the address of QEMU's user network."""
-    words = (
-        "console=ttyS0 root=/dev/vda rw init=/init quiet loglevel=1 panic=-1 no_timer_check tsc=nowatchdog"
-    )
+    words = f"console=ttyS0 root=/dev/vda rw init=/init quiet loglevel=1 panic=-1 {UNHURRIED}"
     return [
         qemu, "-accel", accel, "-machine", "q35", "-cpu", "max", "-m", f"{RAM_MIB}M",
         "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
@@ -156,12 +155,13 @@ class LinuxGuest(Tenant):
         self._listen(lambda: self.log.boots > boots)
 
     def power_off(self) -> int:
-        """Let the guest read its disk and power off; return luo-qemu's exit code."""
+        """Let the guest power off, after it has found all its numbers on its disk; return luo-qemu's exit code."""
         self.order = b"end"
         self._listen(lambda: self.log.end >= 0)
         code = self.wait()
         self.drain()
         assert self.log.findings == [], self.log
+        assert self.log.end == self.log.last, self.log
         return code
 
     def _listen(self, heard: Any) -> None:

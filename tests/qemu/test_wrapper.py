@@ -33,13 +33,6 @@ def host(disk_path: Path) -> Iterator[Host]:
         yield host
 
 
-def users_monitor(guest: Tenant) -> Path:
-    """Give the guest a monitor of its user's own."""
-    path = guest.world.dir / f"{guest.name}.qmp"
-    guest.command += ["-qmp", f"unix:{path},server=on,wait=off"]
-    return path
-
-
 def test_a_guest_lives_through_two_updates(host: Host) -> None:
     guest = host.tenant()
     guest.start()
@@ -95,7 +88,7 @@ def test_a_guest_with_two_pieces_of_ram(host: Host) -> None:
 
 def test_a_guest_that_its_user_has_stopped_stays_stopped(host: Host) -> None:
     guest = host.tenant()
-    path = users_monitor(guest)
+    path = guest.users_monitor()
     guest.start()
     guest.speak()
     with Monitor.connect(path, timeout_s=30) as monitor:
@@ -115,7 +108,7 @@ def test_an_update_that_was_called_off_leaves_a_stopped_guest_stopped_and_the_ne
     host: Host,
 ) -> None:
     guest = host.tenant()
-    path = users_monitor(guest)
+    path = guest.users_monitor()
     guest.start()
     guest.speak()
     with Monitor.connect(path, timeout_s=30) as monitor:

@@ -141,6 +141,12 @@ class Tenant:
     def words(self) -> str:
         return self.stderr.read_text(errors="replace")
 
+    def users_monitor(self) -> Path:
+        """Give the guest a monitor of its user's own."""
+        path = self.world.dir / f"{self.name}.qmp"
+        self.command += ["-qmp", f"unix:{path},server=on,wait=off"]
+        return path
+
     # -- the guest
 
     def speak(self, ticks: int = 3) -> int:
