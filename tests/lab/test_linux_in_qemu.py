@@ -88,5 +88,5 @@ def test_what_it_wrote_is_on_its_disk(log: LinuxLog) -> None:
 
 def test_its_network_goes_on(crossed: LabRun, log: LinuxLog) -> None:
     before, after = crossed.of("heard")
-    assert before["last"] < after["first"] < after["last"] <= log.end
+    assert before["last"] < after["first"] < after["last"] <= log.last == log.end
     assert log.echoed >= after["first"]

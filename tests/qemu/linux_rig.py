@@ -36,7 +36,8 @@ _END = re.compile(r"guest: end log (-?\d+)")
 
 @dataclass
 class LinuxLog:
-    """What a Linux guest has said. `left` is how many numbers each boot found on its disk, `end` what was there at the end.
+    """What a Linux guest has said. `left` is how many numbers each boot found on its disk, `end` what was there at the end (-1: not each of
+    them, in order).
 
     When `strict`, nobody but the guest's init may say anything before the end.
     """
@@ -45,7 +46,7 @@ class LinuxLog:
     ids: set[str] = field(default_factory=set)
     last: int = 0
     echoed: int = 0
-    end: int = -1
+    end: int | None = None
     strict: bool = True
     asleep: bool = False
     findings: list[str] = field(default_factory=list)
@@ -64,10 +65,10 @@ class LinuxLog:
         if boot := _BOOT.search(line):
             self.ids.add(boot[1])
             self.left.append(int(boot[2]))
-            if self.last not in (0, self.left[-1]) or self.end not in (-1, self.last):
+            if self.last not in (0, self.left[-1]) or self.end not in (None, self.last):
                 self.findings.append(f"after tick {self.last}: {line}")
             self.last = self.left[-1]
-            self.end = -1
+            self.end = None
         elif tick := _TICK.search(line):
             number, self.echoed = int(tick[1]), int(tick[3])
             if number != self.last + 1:
@@ -79,7 +80,7 @@ class LinuxLog:
         elif end := _END.search(line):
             self.end = int(end[1])
         elif (
-            self.strict and line.strip() and self.end < 0
+            self.strict and line.strip() and self.end is None
         ):  # the kernel's own last words come after the guest's
             self.findings.append(f"after tick {self.last}: {line!r}")
 
@@ -150,14 +151,14 @@ class LinuxGuest(Tenant):
         """Let the guest start its machine again, and wait until it is back."""
         boots = self.log.boots
         self.order = b"again"
-        self._listen(lambda: self.log.end >= 0)
+        self._listen(lambda: self.log.end is not None)
         self.order = b""
         self._listen(lambda: self.log.boots > boots)
 
     def power_off(self) -> int:
         """Let the guest power off, after it has found all its numbers on its disk; return luo-qemu's exit code."""
         self.order = b"end"
-        self._listen(lambda: self.log.end >= 0)
+        self._listen(lambda: self.log.end is not None)
         code = self.wait()
         self.drain()
         assert self.log.findings == [], self.log
