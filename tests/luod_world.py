@@ -156,6 +156,15 @@ class World:
                 if record["type"].startswith(kind) and (not stream or record["stream"] == stream):
                     return record
 
+    def wait_outcome(self, key: str) -> dict[str, Any]:
+        """Wait until an effect has an outcome, and return that. Sending an fd is an effect: its answer is there before its outcome."""
+        with self.client() as watcher:
+            watcher.watch(after=0)
+            while True:
+                record: dict[str, Any] = watcher.next_event(PATIENCE_S, names=["PROGRESS"])["record"]
+                if record["type"].startswith("effect.outcome") and record["body"]["key"] == key:
+                    return record
+
     def settled_fds(self, expected: list[str]) -> list[str]:
         """Return what luod has open as soon as that is `expected`, else what it has after a while."""
         assert self.luod is not None
