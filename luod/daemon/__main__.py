@@ -125,7 +125,7 @@ def die(error: BaseException) -> None:
 
 
 async def serve(config: Config, args: argparse.Namespace) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Serve until SIGTERM, or SIGINT unless that was ignored when luod started."""
     run_directory = RunDirectory(Path(config.run_dir))
     try:
         directory = Path(config.emulator) if config.emulator else None
@@ -165,7 +165,10 @@ async def _serve(luod: Luod, run_directory: RunDirectory, args: argparse.Namespa
     listener = run_directory.listen(luod.config.socket_path)
     group.start_soon(server.serve, listener)
     group.start_soon(_poll, server)
-    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+    ending = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        ending.append(signal.SIGINT)
+    with anyio.open_signal_receiver(*ending) as signals:
         tell_ready(args.ready_fd)
         log.info("serving %s, journal %s", luod.config.socket_path, luod.config.journal_path)
         async for number in signals:

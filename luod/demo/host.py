@@ -175,7 +175,11 @@ class Host:
         return link
 
     def stop(self) -> None:
-        """End every process of the run."""
+        """End every process of the run. A Ctrl-C waits for that."""
+        with undisturbed():
+            self._stop()
+
+    def _stop(self) -> None:
         for name in (
             "init",
             *(name for name in self._children if name.startswith("client/")),

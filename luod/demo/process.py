@@ -8,6 +8,7 @@ parent has one thread only; a child keeps no descriptor but those it is given.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import select
 import signal
@@ -17,6 +18,9 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 _STOPPING = {signal.SIGINT, signal.SIGTERM}
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_PR_SET_PDEATHSIG = 1
+"""prctl(2), from linux/prctl.h."""
 
 
 @contextlib.contextmanager
@@ -40,14 +44,17 @@ class Child:
         self.log = log
         self.code: int | None = None
         self._buffer = b""
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
         read, write = os.pipe2(os.O_CLOEXEC)
         sys.stdout.flush()
         sys.stderr.flush()
+        parent = os.getpid()
         with undisturbed():
             self.pid = os.fork()
             if self.pid == 0:
-                _become(work, write, log)
+                _become(work, write, out, parent)
             os.close(write)
+            os.close(out)
             self.pidfd = os.pidfd_open(self.pid)
             self.pipe = read
 
@@ -112,11 +119,13 @@ class Child:
         return sorted(kinds)
 
 
-def _become(work: Callable[[int], int], pipe: int, log: Path) -> None:
-    """Be the child: its log as standard output and error, the pipe, and nothing else."""
+def _become(work: Callable[[int], int], pipe: int, out: int, parent: int) -> None:
+    """Be the child: its log as standard output and error, the pipe, and nothing else. It does not outlive its parent."""
     code = 1
     try:
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died before the kernel was asked to tell
+            os._exit(code)
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(pipe, 200)
         os.dup2(null, 0)
@@ -126,9 +135,8 @@ def _become(work: Callable[[int], int], pipe: int, log: Path) -> None:
         os.closerange(201, 1 << 16)
         os.set_inheritable(200, False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a Ctrl-C is for the harness, which then stops everybody in order
+        # A Ctrl-C, which goes to everybody, is for the harness, which then stops the others in order.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (the process ends with it)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115

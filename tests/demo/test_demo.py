@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,19 +116,61 @@ def test_what_cannot_be_is_said_at_once(args: list[str], said: str, disk_path: P
     assert list(disk_path.iterdir()) == []
 
 
-def test_ctrl_c_leaves_nothing(disk_path: Path) -> None:
-    """Ctrl-C goes to the whole process group, as a terminal sends it."""
+@contextlib.contextmanager
+def running(disk_path: Path, until: str) -> Iterator[subprocess.Popen[str]]:
+    """A demo in a process group of its own, which has said `until`; whatever happens, nothing of it stays."""
     process = subprocess.Popen(
         [sys.executable, "-m", "luod.cli", "demo", "--sessions", "2", "--mib", "64"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
         env={**os.environ, "TMPDIR": str(disk_path)},
     )  # fmt: skip
     assert process.stderr is not None
-    assert "boots" in process.stderr.readline()
-    os.killpg(process.pid, signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in said
-    assert list(disk_path.iterdir()) == []
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
+    try:
+        while until not in (line := process.stderr.readline()):
+            assert line, "the demo ended"
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with process:
+            process.wait()
+
+
+def others(process: subprocess.Popen[str]) -> list[int]:
+    """Return the processes that the demo has started: there are some."""
+    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert found
+    return [int(pid) for pid in found]
+
+
+def test_ctrl_c_that_its_processes_see_first(disk_path: Path) -> None:
+    """They leave it to the harness, which would take their end for a failure."""
+    with running(disk_path, "subscribed") as process:
+        for pid in others(process):
+            os.kill(pid, signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+        assert (process.returncode, said.count("boots")) == (0, 1), said  # of two, one was read before
+
+
+def test_nothing_outlives_the_harness(disk_path: Path) -> None:
+    with running(disk_path, "subscribed") as process:
+        left = [os.pidfd_open(pid) for pid in others(process)]
+        process.kill()
+        try:
+            for fd in left:
+                assert select.select([fd], [], [], 30)[0], "a process outlived the demo"
+        finally:
+            for fd in left:
+                os.close(fd)
+
+
+def test_ctrl_c_leaves_nothing(disk_path: Path) -> None:
+    """Ctrl-C goes to the whole process group, as a terminal sends it."""
+    with running(disk_path, "boots") as process:
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == 130
+        assert "Traceback" not in said
+        assert list(disk_path.iterdir()) == []
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
