@@ -90,7 +90,7 @@ def sweep(shim: Path, directory: Path, kind: str, workload: str, **options: Any)
         env={**os.environ, "LD_PRELOAD": str(shim), "PYTHONPATH": os.pathsep.join([str(HERE), *sys.path])},
         capture_output=True,
         text=True,
-        timeout=55,
+        timeout=170,
         check=False,
     )
     if done.returncode:

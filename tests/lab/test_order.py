@@ -11,7 +11,7 @@ from luod.demo.host import Host
 from luod.demo.outcome import Setting
 from luod.lab import order
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from luod.journal.writer import Journal
 from luod.qemu.rehearsal import rehearse, running_argv
 from luod.states.events import EffectOutcome
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from wrapper_rig import Companion, Host, Tenant, flip, is_ram, is_vmstate, memfd
 from luod.adapters.qemu import record as records
 from luod.adapters.qemu.monitor import Monitor
 
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ def test_a_walk_of_deaths(machines: dict[str, World], tmp_path: Path, devices: s
             assert stages >= {"before_intent", "after_intent", *call}, (step, stages)
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_page_tables_of_two_devices_are_told_apart(machines: dict[str, World], tmp_path: Path) -> None:
     """Each of a process that died is found again by its place among all of them."""
     with arrivals(machines["preserve"], "preserve", False, [ADDRESSES[:2]]) as (arrived,):
@@ -238,7 +238,7 @@ def planned(devices: str) -> list[str]:
     return [f"{one.token}/{step.step}" for one in found for step in one.plan]
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("devices", "kept", "step"),
     [(devices, kept, step) for devices, kept in MODES for step in planned(devices)],
