@@ -100,13 +100,14 @@ class Hardware(msgspec.Struct, frozen=True):
 
 
 class Backend(msgspec.Struct, frozen=True):
-    """A memory backend as a command line has it; `size` in bytes."""
+    """A memory backend as a command line has it; `size` in bytes, `extra` is what was wanted of it besides."""
 
     id: str
     kind: str
     size: int
     share: bool
     path: str
+    extra: tuple[str, ...] = ()
 
 
 def hardware(words: Iterable[str]) -> Hardware:
@@ -138,9 +139,14 @@ def backends(words: Iterable[str]) -> list[Backend]:
                     size=parse_size(size) if size else 0,
                     share=share is not None and Field("share", share).on,
                     path=lookup(fields, "mem-path") or "",
+                    extra=_extra(fields),
                 )
             )
     return found
+
+
+def _extra(fields: Iterable[Field]) -> tuple[str, ...]:
+    return tuple(str(field) for field in fields if field.key not in _OURS)
 
 
 def recorded(words: Sequence[str]) -> tuple[str, ...]:
@@ -181,6 +187,18 @@ class Adapted(msgspec.Struct, frozen=True):
     def argv(self, fds: Mapping[str, int], monitor: Path, *, incoming: bool = False) -> list[str]:
         """Return the command line to execute. `fds` are the memfds by the id of their RAM, `monitor` is where our monitor listens."""
         return [self.binary, *place(self.words, self.ram, fds, monitor, incoming=incoming)]
+
+
+def running(argv: Sequence[str]) -> Adapted:
+    """Return the command line of a running QEMU as one that can be executed once more. Raises `NotACommandLine`."""
+    words = argv[1:]
+    return Adapted(
+        binary=argv[0],
+        words=recorded(words),
+        ram=tuple(Ram(one.id, one.size, one.extra) for one in backends(words)),
+        hardware=hardware(words),
+        paused=False,
+    )
 
 
 def place(
@@ -361,7 +379,7 @@ class _Adaptation:
             if count % _PAGE:
                 self._refuse(option, f"its size is not a multiple of {_PAGE}", "give a size in MiB or GiB")
             self.notes.append(f"RAM {name} ({kind}, {count >> 20} MiB) lies in a memfd")
-            extra = tuple(str(field) for field in fields if field.key not in _OURS)
+            extra = _extra(fields)
             if any(one.name == "mem-prealloc" for one in self.options):
                 extra = (*extra, "prealloc=on")
             return Ram(name, count, extra)

@@ -14,7 +14,7 @@ import struct
 import msgspec
 
 from .. import memfd
-from .arguments import Hardware
+from .arguments import Adapted, Hardware, Ram
 from .errors import ConfigMismatch, StateCorrupt
 from .portrait import Portrait
 from .probe import versioned
@@ -31,12 +31,16 @@ class RecordDamaged(StateCorrupt):
 
 
 class SavedRam(msgspec.Struct, frozen=True):
-    """One piece of RAM: its token in the session, its id, its size in bytes without the trailer, and the digest of sampled pages."""
+    """One piece of RAM: its token in the session, its id, its size in bytes without the trailer, and the digest of sampled pages.
+
+    `extra` is what its user wanted of the backend besides, such as NUMA nodes.
+    """
 
     token: str
     id: str
     size: int
     sample: str
+    extra: tuple[str, ...] = ()
 
 
 class SavedState(msgspec.Struct, frozen=True):
@@ -68,6 +72,11 @@ class Record(msgspec.Struct, frozen=True):
     vmstate: SavedState
     runstate: str
     schema: int = SCHEMA
+
+    def command(self, binary: str) -> Adapted:
+        """Return the command line that it was saved with, for another binary."""
+        ram = tuple(Ram(one.id, one.size, one.extra) for one in self.ram)
+        return Adapted(binary, self.words, ram, self.hardware, paused=False)
 
 
 def make_memfd() -> int:

@@ -27,8 +27,9 @@ from ..engine.runner import Engine
 from ..journal.writer import Journal
 from ..states.errors import LuodError
 from ..states.names import check_client_id
-from .effects import Plan, effects
+from .effects import effects
 from .freezing import Freezer
+from .plan import Plan
 from .vm import Vm
 from .wrapper import Wrapper
 
@@ -67,6 +68,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="lower is frozen first and restored last (default: 0)",
     )
+    cli.add_argument(
+        "--changed", choices=["refuse", "as-saved"], default="refuse",
+        help="what becomes of a guest after an update when this command line builds another machine by then: it is not started, or it is "
+        "started by the one it was saved with (default: refuse)",
+    )  # fmt: skip
     cli.add_argument(
         "--deadline", type=float, metavar="SECONDS", help="how long preserving its memory may take"
     )
@@ -130,7 +136,9 @@ def run(argv: list[str] | None = None) -> int:
     try:
         name = check_client_id(args.name or name_of(command))
         if args.check:
-            return check(name, command, args.state or STATE / name, as_json=args.json)
+            return check(
+                name, Plan(command, None, args.changed), args.state or STATE / name, as_json=args.json
+            )
         return anyio.run(functools.partial(live, name, command, args), backend="asyncio")
     except LuodError as error:
         return tell(error)
@@ -163,7 +171,7 @@ def name_of(command: list[str]) -> str:
     return (lookup(parse_fields(given[-1], "guest"), "guest") if given else None) or "vm"
 
 
-def check(name: str, command: list[str], state: Path, *, as_json: bool) -> int:
+def check(name: str, plan: Plan, state: Path, *, as_json: bool) -> int:
     """Say what luo-qemu would make of a command line, and whether the guest that runs would come back with it.
 
     Raises as `rehearse` does, and `ConfigMismatch` for a guest that would not.
@@ -171,19 +179,23 @@ def check(name: str, command: list[str], state: Path, *, as_json: bool) -> int:
     from ..adapters.qemu.errors import ConfigMismatch
     from .rehearsal import rehearse
 
-    found = rehearse(name, command, state)
+    found = rehearse(name, plan, state)
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
-        return 1 if found.differences else 0
+        return 0 if found.comes_back or not found.runs else 1
     for note in found.notes:
         print(f"- {note}")
     print(*found.argv)
-    if found.differences:
+    if found.as_saved:
+        print(
+            f"{name} runs, and would come back as it is; what has changed counts when it is started anew: {'; '.join(found.differences)}"
+        )
+    elif found.differences:
         raise ConfigMismatch(
             f"{name} runs, and would not come back with this: {'; '.join(found.differences)}",
-            hint="it goes on as it is; put the command line right before the next update, or start the guest anew",
+            hint="it goes on as it is; put the command line right before the next update, or give --changed as-saved",
         )
-    if found.runs:
+    elif found.runs:
         print(f"{name} runs, and would come back with this")
     return 0
 
@@ -201,7 +213,7 @@ async def live(name: str, command: list[str], args: argparse.Namespace) -> int:
     kernel = open_kernel(args.kernel, directory=args.emulator)
     boot_id = kernel.boot_id()
     vm = Vm(name, run_directory, kernel, timeouts=Timeouts().scaled(args.slow))
-    plan = Plan(command, state)
+    plan = Plan(command, state, args.changed)
     run_id = os.environ.get("INVOCATION_ID") or f"{os.getpid()}:{uuid.uuid4().hex[:12]}"
     freezers: list[Freezer] = []
 

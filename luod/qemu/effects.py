@@ -26,7 +26,7 @@ from ..adapters.liveupdate.errors import ObjectBusy
 from ..adapters.qemu import operations as ops
 from ..adapters.qemu import record as records
 from ..adapters.qemu import vmstate
-from ..adapters.qemu.arguments import Adapted, adapt, hardware, recorded
+from ..adapters.qemu.arguments import backends, hardware, recorded, running
 from ..adapters.qemu.compare import Now, compare
 from ..adapters.qemu.errors import QemuError
 from ..adapters.qemu.guest import LIVE, Guest
@@ -34,11 +34,12 @@ from ..adapters.qemu.identity import NO_RECORD, Trailer, make_ram
 from ..adapters.qemu.load import Load
 from ..adapters.qemu.operation import Operation
 from ..adapters.qemu.portrait import Portrait
-from ..adapters.qemu.probe import Capabilities, features, probe
+from ..adapters.qemu.probe import features
 from ..adapters.qemu.record import Record, SavedRam, SavedState
 from ..adapters.qemu.save import Abort, Save
 from ..engine.ports import Absent, Done, Effect, Intent, Json, Probe
 from ..states.names import parse_token
+from .plan import Plan
 from .vm import RECORD, VMSTATE, Vm
 
 LET_GO_S = 5.0
@@ -50,28 +51,12 @@ VMSTATE_TOKEN = 0x1000
 """Token of the device state of save 0; each save of a guest has its own, because a preserved token cannot be replaced."""
 
 
-class Plan:
-    """How the guest is to be started: the user's command line, and the directory in which answers of QEMU binaries are kept."""
-
-    def __init__(self, command: list[str], cache: Path | None) -> None:
-        self.command = command
-        self.cache = cache
-
-    def capabilities(self) -> Capabilities:
-        """Ask the binary. Raises `QemuUnusable`."""
-        return probe(self.command[0], cache=self.cache)
-
-    def adapted(self, recorded_machine: str = "") -> Adapted:
-        """Return the command line ready for a kexec. Raises `NotAdaptable` and `QemuUnusable`."""
-        return adapt(self.command, self.capabilities(), recorded_machine=recorded_machine)
-
-
 def look_ahead(plan: Plan, vm: Vm) -> None:
     """See that the QEMU which will start a running guest again is there and can: it may have been replaced since.
 
-    Its answers are kept, so that they need not be asked for while the guest stands still. Raises `QemuUnusable` and `NotAdaptable`.
+    Its answers are kept, so that they need not be asked for while the guest stands still. Raises as `Plan.returning`.
     """
-    plan.adapted(hardware(vm.argv()[1:]).machine)
+    plan.returning(running(vm.argv()))
 
 
 def cpu_features(plan: Plan, vm: Vm) -> tuple[str, ...]:
@@ -189,6 +174,7 @@ class WriteRecord(_OnVm):
         vm, args = self.vm, intent.args
         saved, generation = args["saved"], int(args["generation"])
         argv = vm.argv()
+        extra = {one.id: one.extra for one in backends(argv[1:])}
         vm.record = Record(
             name=vm.name,
             uuid=vm.uuid,
@@ -200,7 +186,13 @@ class WriteRecord(_OnVm):
             cpu_features=tuple(args["cpu_features"]),
             portrait=msgspec.convert(saved["machine"], Portrait),
             ram=tuple(
-                SavedRam(f"{token:#x}", name, saved["ram"][name]["size"], saved["ram"][name]["sample"])
+                SavedRam(
+                    f"{token:#x}",
+                    name,
+                    saved["ram"][name]["size"],
+                    saved["ram"][name]["sample"],
+                    extra.get(name, ()),
+                )
                 for token, name in ram_tokens(vm.guest.ram).items()
             ),
             vmstate=SavedState(f"{VMSTATE_TOKEN + generation:#x}", int(saved["bytes"]), saved["sha256"]),
@@ -288,8 +280,8 @@ class Check(_OnVm):
         record, digest = records.read(vm.retrieved[RECORD])
         capabilities = self.plan.capabilities()
         ram = _ram(vm)
-        adapted = self.plan.adapted(record.hardware.machine)
-        argv = adapted.argv({one.id: 0 for one in adapted.ram}, vm.monitor_path, incoming=True)
+        back = self.plan.returning(record.command(record.binary))
+        argv = back.adapted.argv({one.id: 0 for one in back.adapted.ram}, vm.monitor_path, incoming=True)
         now_features: tuple[str, ...] = ()
         if record.cpu_features:
             seen = hardware(argv[1:])
@@ -298,7 +290,7 @@ class Check(_OnVm):
         vm.record, vm.digest, vm.uuid = record, digest, record.uuid
         return {
             "uuid": record.uuid, "generation": record.generation, "machine": record.hardware.machine, "saved_by": record.qemu,
-            "qemu": capabilities.version, "runstate": record.runstate,
+            "qemu": capabilities.version, "runstate": record.runstate, "changes": list(back.changes),
         }  # fmt: skip
 
     def probe(self, intent: Intent) -> Probe:
@@ -325,8 +317,9 @@ class Start(_OnVm):
         # Copies: if this QEMU fails, another can be started on what was retrieved.
         ram = {name: os.dup(fd) for name, fd in _ram(vm).items()}
         record_fd, state = os.dup(vm.retrieved[RECORD]), os.dup(vm.retrieved[VMSTATE])
-        argv = self.plan.adapted(record.hardware.machine).argv(ram, vm.monitor_path, incoming=True)
-        vm.start(argv, ram, record_fd, state)
+        back = self.plan.returning(record.command(record.binary))
+        vm.start(back.adapted.argv(ram, vm.monitor_path, incoming=True), ram, record_fd, state)
+        vm.changes = back.changes
         return _launched(vm)
 
     def probe(self, intent: Intent) -> Probe:

@@ -22,7 +22,8 @@ from ..engine.ports import Intent, Json
 from ..engine.runner import Engine
 from ..states.errors import LuodError
 from ..states.fold import Effect
-from .effects import RECORD_TOKEN, VMSTATE_TOKEN, Plan, cpu_features, look_ahead, ram_tokens
+from .effects import RECORD_TOKEN, VMSTATE_TOKEN, cpu_features, look_ahead, ram_tokens
+from .plan import Plan
 from .vm import RECORD, VMSTATE, Vm
 
 FREEZE = "/freeze"

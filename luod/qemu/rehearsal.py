@@ -13,28 +13,33 @@ from pathlib import Path
 
 import msgspec
 
-from ..adapters.qemu.arguments import backends, hardware
-from ..adapters.qemu.compare import unlike
+from ..adapters.qemu.arguments import running
 from ..adapters.qemu.errors import NotThatQemu
 from ..adapters.qemu.process import identity
 from ..journal.errors import JournalMissing
 from ..journal.replay import Replay
 from ..states.codec import decode
 from ..states.events import EffectOutcome
-from .effects import Plan
+from .plan import Plan, Return
 
 
 class Rehearsal(msgspec.Struct, frozen=True):
-    """What was found. `runs` says whether a guest of this name runs; `differences` are what makes its machine another one."""
+    """What was found. `runs` says whether a guest of this name runs; `differences` are what makes its machine another one.
+
+    `comes_back` says whether an update now would bring it back, by `argv`; `as_saved`, that this is what it was started with, and not what
+    was given.
+    """
 
     name: str
     argv: tuple[str, ...]
     notes: tuple[str, ...]
     runs: bool
-    differences: tuple[str, ...]
+    differences: tuple[str, ...] = ()
+    as_saved: bool = False
+    comes_back: bool = False
 
 
-def rehearse(name: str, command: list[str], state: Path) -> Rehearsal:
+def rehearse(name: str, plan: Plan, state: Path) -> Rehearsal:
     """See what would become of a command line; `state` is the guest's directory, if it has one.
 
     Raises `NotAdaptable`, `NotACommandLine` and `QemuUnusable`.
@@ -43,15 +48,15 @@ def rehearse(name: str, command: list[str], state: Path) -> Rehearsal:
     mine = os.access(state, os.R_OK | os.W_OK | os.X_OK)
     if not mine and state.exists():
         notes.append(f"whether {name} runs cannot be seen: {state} is another user's")
-    running = running_argv(state) if mine else []
-    before = hardware(running[1:]).machine if running else ""
-    adapted = Plan(command, state if mine else None).adapted(before)
+    words = running_argv(state) if mine else []
+    plan = Plan(plan.command, state if mine else None, plan.changed)
+    back = plan.returning(running(words)) if words else Return(plan.adapted())
+    adapted = back.adapted
     argv = adapted.argv({one.id: 3 + number for number, one in enumerate(adapted.ram)}, Path("qmp.sock"))
-    differences: list[str] = []
-    if running:
-        sizes = {one.id: one.size for one in backends(running[1:])}
-        differences = unlike(hardware(running[1:]), sizes, argv[1:])
-    return Rehearsal(name, tuple(argv), (*adapted.notes, *notes), bool(running), tuple(differences))
+    return Rehearsal(
+        name, tuple(argv), (*adapted.notes, *notes), bool(words), back.changes, back.as_saved,
+        comes_back=bool(words) and (back.as_saved or not back.changes),
+    )  # fmt: skip
 
 
 def running_argv(state: Path) -> list[str]:

@@ -73,8 +73,8 @@ class Restorer:
                 await anyio.to_thread.run_sync(vm.end_guest)
             raise NotRestored(
                 f"{vm.name} was not started: {error.message}",
-                hint="what was preserved is kept: put right what it names and start luo-qemu again, or give the guest up with "
-                f"`luoctl resolve {session} give-up`",
+                hint="what was preserved is kept: put right what it names and start luo-qemu again (with `--changed as-saved` if only its "
+                f"command line has changed), or give the guest up with `luoctl resolve {session} give-up`",
             ) from error
         vm.drop_retrieved()
         finish = await self.engine.ensure(Intent(session, f"{session}/finish", "session.finish"))

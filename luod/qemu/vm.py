@@ -47,6 +47,8 @@ class Vm:
         self.record: Record | None = None
         """What was read from the record of a guest that is being restored, or written at the last freeze."""
         self.digest = b""
+        self.changes: tuple[str, ...] = ()
+        """What the command line says otherwise by now, where the guest was started as it was saved."""
         self.retrieved: dict[str, int] = {}
         """Memfds that came out of a session: RAM by its id, `record` and `vmstate`."""
         self.session = ""

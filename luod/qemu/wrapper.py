@@ -30,8 +30,8 @@ from ..engine.runner import Engine
 from ..states.errors import LuodError
 from ..states.events import Policy
 from ..states.fold import Effect
-from .effects import Plan
 from .freezing import GRACE_S, Freezer, Refusal, now
+from .plan import Plan
 from .restoring import Restorer
 from .vm import Vm
 
@@ -118,6 +118,11 @@ class Wrapper:
                     self._say(f"restoring {self.vm.name} from session {claimed['session']}")
                     await self.restorer.restore(link, claimed)
                     self._say(f"{self.vm.name} is back, {self.vm.guest.runstate()}")
+                    if self.vm.changes:
+                        self._say(
+                            f"{self.vm.name} is as it was saved; what has changed counts when it is started anew: "
+                            + "; ".join(self.vm.changes)
+                        )
                 elif claimed == "LOST":
                     self._say(
                         f"THE GUEST {self.vm.name} IS LOST: the kernel no longer holds its session; it starts cold"

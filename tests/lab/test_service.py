@@ -53,17 +53,20 @@ def systemctl(*words: str) -> Step:
     return run("-".join(words[:2]), ["/usr/bin/env", "systemctl", *words], timeout_s=300)
 
 
-def machine() -> Systemd:
-    """A host with luod, its keeper and one guest, all installed as packaging/ has them and started at boot."""
+def machine(options: str = "", *more: str) -> Systemd:
+    """A host with luod, its keeper and one guest, all installed as packaging/ has them and started at boot.
+
+    The guest's file has these options of luo-qemu, and these more of QEMU.
+    """
     units = {path.name: path.read_text() for path in (ROOT / "packaging").glob("*.service")}
-    command = qemu_command("qemu-system-x86_64", SERIALS / "vm0.serial", KERNEL, 0, SETTING)
+    command = [*qemu_command("qemu-system-x86_64", SERIALS / "vm0.serial", KERNEL, 0, SETTING), *more]
     modules = {"luod": "luod.daemon", "luod-keeper": "luod.adapters.keeper", "luo-qemu": "luod.qemu.command"}
     return Systemd(
         {**units, "noted.service": NOTED},
         enabled=["noted.service", *HOST],
         programs={name: (sys.executable, "-m", module) for name, module in modules.items()},
         files={
-            "/etc/luod/guests/vm0.conf": f'OPTIONS="--slow {SLOW}"\nQEMU="{shlex.join(command)}"\n',
+            "/etc/luod/guests/vm0.conf": f'OPTIONS="--slow {SLOW} {options}"\nQEMU="{shlex.join(command)}"\n',
         },
         kept={"/var/lib/luod": STATE / "luod", "/var/lib/luo-qemu": STATE / "guests"},
     )
@@ -71,12 +74,15 @@ def machine() -> Systemd:
 
 @pytest.fixture(scope="module")
 def updated(pair, run_lab) -> LabRun:
-    """The run: luo-qemu is killed and started again, the host is updated, the guest is stopped as a service is."""
+    """The run: luo-qemu is killed and started again, the host is updated, the guest is stopped as a service is.
+
+    Between the two boots the guest's file is edited for its next cold start: another device.
+    """
     try:
         systemd()
     except LabUnavailable as error:
         pytest.skip(str(error))
-    host = machine()
+    edited = machine("--changed as-saved", "-device", "virtio-rng-pci")
     first = [
         ticks("until", 1, "--ticks", str(SETTING.before)),
         service("facts", UNIT, name="started"),
@@ -90,6 +96,11 @@ def updated(pair, run_lab) -> LabRun:
         ticks("mark", 1, "--serials", BEFORE, "--marks", MARKS),
         done(),
         ticks("until", 1, "--marks", MARKS),
+        service(
+            "until",
+            UNIT,
+            "what has changed counts when it is started anew: option added: `-device virtio-rng-pci`",
+        ),
         service("facts", UNIT, name="back"),
         systemctl("stop", *HOST),
         service("facts", *HOST, name="stopped"),
@@ -99,7 +110,7 @@ def updated(pair, run_lab) -> LabRun:
         service("facts", UNIT, name="stopped-while-it-waits"),
     ]
     size = {"memory_mib": 1536 + 2 * GUEST_MIB + OWN_MIB}
-    boots = [Boot(first, systemd=host), Boot(second, systemd=host)]
+    boots = [Boot(first, systemd=machine()), Boot(second, systemd=edited)]
     return run_lab(
         "service", pair[0], boots, timeout_s=600, files={"tinyguest": tinyguest.IMAGE}, **size
     ).check()

@@ -21,6 +21,7 @@ from luod.adapters.qemu.monitor import Monitor
 from luod.adapters.qemu.process import identity
 from luod.journal.record import Entry
 from luod.journal.writer import Journal
+from luod.qemu.plan import Plan
 from luod.qemu.rehearsal import rehearse, running_argv
 from luod.states.events import EffectOutcome
 
@@ -244,7 +245,7 @@ def test_a_guest_of_another_user_is_not_looked_into(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         os, "access", lambda path, mode, **more: path != tmp_path and honest(path, mode, **more)
     )
-    found = rehearse("vm1", ["qemu-system-x86_64"], tmp_path)
+    found = rehearse("vm1", Plan(["qemu-system-x86_64"], None), tmp_path)
     assert found.notes[-1] == f"whether vm1 runs cannot be seen: {tmp_path} is another user's"
     assert not found.runs
     assert list(tmp_path.iterdir()) == []
