@@ -27,7 +27,7 @@ from .qemus import Qemu, available_qemus
 from .script import STATE, Boot, Step, python, run
 from .update import LUOD_STATE, RUN, judge, keeper, luod, order
 
-PATIENCE_S = 300.0
+PATIENCE_S = 600.0
 SERIALS = STATE / "serials"
 MARKS = STATE / "marks.json"
 KERNEL = STATE / "tinyguest"
@@ -133,7 +133,7 @@ def lab_guests(
     setting: GuestSetting | None = None,
     across: Crossing | None = None,
     options: Callable[[int], Sequence[str]] = lambda _: (),
-    timeout_s: float = 600.0,
+    timeout_s: float = 1200.0,
     on_event: Callable[[dict[str, Any]], None] | None = None,
 ) -> tuple[dict[str, Any], LabRun]:
     """Take guests through a real kexec; return the demo's result object with `guests`, and the run.

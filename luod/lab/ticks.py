@@ -18,7 +18,7 @@ from ..demo.guests import SerialPort
 from ..states.errors import LuodError
 from .report import emit
 
-PATIENCE_S = 240.0
+PATIENCE_S = 480.0
 
 
 def main(argv: list[str] | None = None) -> int:

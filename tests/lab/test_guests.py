@@ -11,7 +11,7 @@ import pytest
 from luod.lab.guests import GUEST_MIB, crossing, guest_reports, lab_guests
 
 LAB_OUT = Path(__file__).resolve().parents[2] / "lab-out"
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1300)]
 
 
 def test_guests_live_through_a_real_kexec(pair) -> None:

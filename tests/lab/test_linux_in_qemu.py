@@ -24,7 +24,7 @@ from luod.lab.update import LUOD_STATE, RUN, keeper, luod, order
 PROGRAMS = Path(__file__).parent / "programs"
 DISKS = STATE / "linux"
 PORT = 4000
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(1600)]
 
 
 def guest(kernel: KernelImage, qemu: Path, *, first: bool) -> Step:
@@ -65,7 +65,7 @@ def crossed(
     more = {"accel": acceleration(old, parallel=True)}
     size = {"memory_mib": 1536 + 2 * RAM_MIB + OWN_MIB, "state_mib": 256 + 2 * DISK_MIB}
     found: LabRun = run_lab(
-        "linux-guest", old, [Boot(first), Boot(second)], timeout_s=800, files=files, **size, **more
+        "linux-guest", old, [Boot(first), Boot(second)], timeout_s=1500, files=files, **size, **more
     )
     return found.check()
 

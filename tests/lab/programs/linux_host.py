@@ -15,7 +15,7 @@ from luod.lab.report import emit
 
 SIOCSIFFLAGS = 0x8914  # include/uapi/linux/sockios.h
 IFF_UP, IFF_RUNNING = 1, 0x40
-PATIENCE_S = 280.0
+PATIENCE_S = 580.0
 
 
 def main() -> int:
