@@ -156,10 +156,13 @@ class World:
                 if record["type"].startswith(kind) and (not stream or record["stream"] == stream):
                     return record
 
-    def wait_outcome(self, key: str) -> dict[str, Any]:
-        """Wait until an effect has an outcome, and return that. Sending an fd is an effect: its answer is there before its outcome."""
+    def wait_outcome(self, key: str, after: int) -> dict[str, Any]:
+        """Wait until an effect has an outcome behind record `after`, and return it.
+
+        Sending an fd is an effect: its answer is there before its outcome is.
+        """
         with self.client() as watcher:
-            watcher.watch(after=0)
+            watcher.watch(after=after)
             while True:
                 record: dict[str, Any] = watcher.next_event(PATIENCE_S, names=["PROGRESS"])["record"]
                 if record["type"].startswith("effect.outcome") and record["body"]["key"] == key:

@@ -125,7 +125,7 @@ def test_after_the_reboot(world: World) -> None:
         change_nothing(other)
         assert rows(world) == before
         owner.call("CLAIM", id="vm1")
-        world.wait_outcome("vm1.1/hand")
+        world.wait_outcome("vm1.1/hand", after=before)
         before = rows(world)
         see_nothing(other)
         change_nothing(other)
