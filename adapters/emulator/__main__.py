@@ -101,8 +101,7 @@ def main(argv: list[str] | None = None) -> int:
     wake, wake_end = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.set_wakeup_fd(wake_end)
     signal.signal(signal.SIGTERM, stop)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: who started it will say when to end
-        signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGINT, stop)
     server.watch(wake, stop)
     if args.lifeline_fd is not None:
         server.watch(args.lifeline_fd, stop)

@@ -353,8 +353,7 @@ def fault(error: LuodError) -> dict[str, Any]:
 
 
 def install_signals(keeper: Keeper) -> None:
-    """Let SIGTERM, and SIGINT unless it is ignored already, ask the keeper to end; a terminal that closes does not."""
+    """Let SIGTERM and SIGINT ask the keeper to end; a terminal that closes does not."""
     signal.signal(signal.SIGTERM, keeper.on_signal)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, keeper.on_signal)
+    signal.signal(signal.SIGINT, keeper.on_signal)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

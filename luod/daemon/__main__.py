@@ -125,7 +125,7 @@ def die(error: BaseException) -> None:
 
 
 async def serve(config: Config, args: argparse.Namespace) -> None:
-    """Serve until SIGTERM, or SIGINT unless that was ignored when luod started."""
+    """Serve until SIGTERM or SIGINT."""
     run_directory = RunDirectory(Path(config.run_dir))
     try:
         directory = Path(config.emulator) if config.emulator else None
@@ -165,10 +165,7 @@ async def _serve(luod: Luod, run_directory: RunDirectory, args: argparse.Namespa
     listener = run_directory.listen(luod.config.socket_path)
     group.start_soon(server.serve, listener)
     group.start_soon(_poll, server)
-    ending = [signal.SIGTERM]
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        ending.append(signal.SIGINT)
-    with anyio.open_signal_receiver(*ending) as signals:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
         tell_ready(args.ready_fd)
         log.info("serving %s, journal %s", luod.config.socket_path, luod.config.journal_path)
         async for number in signals:

@@ -7,12 +7,14 @@ serial ports must be one story. The emulated kexec kills QEMU and copies the mem
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..adapters.emulator.control import Control
 from ..adapters.emulator.images import stub_image
 from ..qemu import command as luo_qemu
 from ..states.errors import LuodError
@@ -30,7 +32,7 @@ from .invariants import (
     recovery_is_idle,
 )
 from .outcome import Outcome, Setting, is_volatile
-from .process import Child
+from .process import Child, undisturbed
 from .run import Run
 
 PATIENCE_S = 120.0
@@ -127,6 +129,14 @@ class GuestRun(Run):
         self.judge_guests()
         self.stop_guests()
         return self.look()
+
+    @undisturbed()
+    def stop(self) -> None:
+        """End every process of the run: QEMUs by a cut of the power, for they live on when their luo-qemu dies."""
+        if hasattr(self, "control"):
+            with contextlib.suppress(OSError), Control(self.emulator_dir, timeout=host.PATIENCE_S) as power:
+                power.cold_reboot()
+        super().stop()
 
     def order_update(self) -> str:
         """Order the update; return `kexec` when the machine is in its next boot, `aborted` when the update was undone."""

@@ -174,12 +174,9 @@ class Host:
         link.hello(["progress"])
         return link
 
+    @undisturbed()
     def stop(self) -> None:
         """End every process of the run. A Ctrl-C waits for that."""
-        with undisturbed():
-            self._stop()
-
-    def _stop(self) -> None:
         for name in (
             "init",
             *(name for name in self._children if name.startswith("client/")),

@@ -25,7 +25,7 @@ _PR_SET_PDEATHSIG = 1
 
 @contextlib.contextmanager
 def undisturbed() -> Generator[None]:
-    """Let a Ctrl-C or SIGTERM wait until the block is left.
+    """Let a Ctrl-C or SIGTERM wait until the block, or the function, is left.
 
     Between fork and the moment that somebody knows the child, it would leave a child that nobody ends, or one that speaks as its parent.
     """
@@ -92,8 +92,9 @@ class Child:
         poll.register(self.pidfd, select.POLLIN)
         if not poll.poll(None if timeout is None else int(timeout * 1000)):
             return False
-        _, status = os.waitpid(self.pid, 0)
-        self.code = os.waitstatus_to_exitcode(status)
+        with undisturbed():  # who has reaped it must know that, for nobody can once more
+            _, status = os.waitpid(self.pid, 0)
+            self.code = os.waitstatus_to_exitcode(status)
         return True
 
     def stop(self, number: signal.Signals = signal.SIGKILL, *, patience: float = 10.0) -> None:
@@ -135,9 +136,8 @@ def _become(work: Callable[[int], int], pipe: int, out: int, parent: int) -> Non
         os.closerange(201, 1 << 16)
         os.set_inheritable(200, False)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        # A Ctrl-C, which goes to everybody, is for the harness, which then stops the others in order.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+        # SIGINT stays blocked, also in what the child starts: a Ctrl-C goes to everybody, and the harness stops the others in order.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115  (the process ends with it)
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
         code = work(200)

@@ -80,8 +80,7 @@ class Wrapper:
 
     async def run(self) -> int:
         """Live; return the exit code of QEMU. Raises `LuodError` for what a person must see."""
-        taken = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        with anyio.open_signal_receiver(*taken) as signals:
+        with anyio.open_signal_receiver(*_SIGNALS) as signals:
             async with anyio.create_task_group() as group:
                 group.start_soon(self._pass_on, signals, group.cancel_scope)
                 group.start_soon(self._relay)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from luod.adapters.emulator.population import children_of
 from luod.journal.replay import Replay
 from luod.timeline import MAX_BARS, draw
 
@@ -117,10 +118,10 @@ def test_what_cannot_be_is_said_at_once(args: list[str], said: str, disk_path: P
 
 
 @contextlib.contextmanager
-def running(disk_path: Path, until: str) -> Iterator[subprocess.Popen[str]]:
+def running(disk_path: Path, until: str, *args: str) -> Iterator[subprocess.Popen[str]]:
     """A demo in a process group of its own, which has said `until`; whatever happens, nothing of it stays."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "luod.cli", "demo", "--sessions", "2", "--mib", "64"],
+        [sys.executable, "-m", "luod.cli", "demo", "--sessions", "2", "--mib", "64", *args],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0,
         env={**os.environ, "TMPDIR": str(disk_path)},
     )  # fmt: skip
@@ -138,9 +139,9 @@ def running(disk_path: Path, until: str) -> Iterator[subprocess.Popen[str]]:
 
 def others(process: subprocess.Popen[str]) -> list[int]:
     """Return the processes that the demo has started: there are some."""
-    found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = children_of()[process.pid]
     assert found
-    return [int(pid) for pid in found]
+    return found
 
 
 def test_ctrl_c_that_its_processes_see_first(disk_path: Path) -> None:
@@ -174,3 +175,18 @@ def test_ctrl_c_leaves_nothing(disk_path: Path) -> None:
         assert list(disk_path.iterdir()) == []
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)
+
+
+@pytest.mark.lab
+@pytest.mark.parametrize("until", ["count and check", "the guests stood still", "every guest runs again"])
+def test_ctrl_c_leaves_no_guest(disk_path: Path, until: str) -> None:
+    """A QEMU lives on when its luo-qemu dies, and not when the demo ends."""
+    with running(disk_path, until, "--qemu") as process:
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert (process.returncode, list(disk_path.iterdir())) == (130, []), said
+        assert "Traceback" not in said
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+                assert group != str(process.pid) or state == "Z", "a process outlived the demo"
