@@ -147,17 +147,8 @@ class World:
 
     # -- looking
 
-    def wait_record(self, kind: str, stream: str = "", after: int = 0) -> dict[str, Any]:
-        """Wait for a record whose type begins with `kind`, and return it."""
-        with self.client() as watcher:
-            watcher.watch(after=after)
-            while True:
-                record: dict[str, Any] = watcher.next_event(PATIENCE_S, names=["PROGRESS"])["record"]
-                if record["type"].startswith(kind) and (not stream or record["stream"] == stream):
-                    return record
-
-    def wait_outcome(self, key: str, after: int) -> dict[str, Any]:
-        """Wait until an effect has an outcome behind record `after`, and return it.
+    def wait_record(self, kind: str, stream: str = "", after: int = 0, key: str = "") -> dict[str, Any]:
+        """Wait for a record whose type begins with `kind` (of the effect `key`), and return it.
 
         Sending an fd is an effect: its answer is there before its outcome is.
         """
@@ -165,7 +156,11 @@ class World:
             watcher.watch(after=after)
             while True:
                 record: dict[str, Any] = watcher.next_event(PATIENCE_S, names=["PROGRESS"])["record"]
-                if record["type"].startswith("effect.outcome") and record["body"]["key"] == key:
+                if (
+                    record["type"].startswith(kind)
+                    and (not stream or record["stream"] == stream)
+                    and (not key or record["body"]["key"] == key)
+                ):
                     return record
 
     def settled_fds(self, expected: list[str]) -> list[str]:

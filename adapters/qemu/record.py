@@ -73,10 +73,10 @@ class Record(msgspec.Struct, frozen=True):
     runstate: str
     schema: int = SCHEMA
 
-    def command(self, binary: str) -> Adapted:
-        """Return the command line that it was saved with, for another binary."""
+    def command(self) -> Adapted:
+        """Return the command line that it was saved with."""
         ram = tuple(Ram(one.id, one.size, one.extra) for one in self.ram)
-        return Adapted(binary, self.words, ram, self.hardware, paused=False)
+        return Adapted(self.binary, self.words, ram, self.hardware, paused=False)
 
 
 def make_memfd() -> int:

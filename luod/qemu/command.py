@@ -29,7 +29,7 @@ from ..states.errors import LuodError
 from ..states.names import check_client_id
 from .effects import effects
 from .freezing import Freezer
-from .plan import Plan
+from .plan import Changed, Plan
 from .vm import Vm
 from .wrapper import Wrapper
 
@@ -136,9 +136,7 @@ def run(argv: list[str] | None = None) -> int:
     try:
         name = check_client_id(args.name or name_of(command))
         if args.check:
-            return check(
-                name, Plan(command, None, args.changed), args.state or STATE / name, as_json=args.json
-            )
+            return check(name, command, args.state or STATE / name, args.changed, as_json=args.json)
         return anyio.run(functools.partial(live, name, command, args), backend="asyncio")
     except LuodError as error:
         return tell(error)
@@ -171,7 +169,7 @@ def name_of(command: list[str]) -> str:
     return (lookup(parse_fields(given[-1], "guest"), "guest") if given else None) or "vm"
 
 
-def check(name: str, plan: Plan, state: Path, *, as_json: bool) -> int:
+def check(name: str, command: list[str], state: Path, changed: Changed, *, as_json: bool) -> int:
     """Say what luo-qemu would make of a command line, and whether the guest that runs would come back with it.
 
     Raises as `rehearse` does, and `ConfigMismatch` for a guest that would not.
@@ -179,7 +177,7 @@ def check(name: str, plan: Plan, state: Path, *, as_json: bool) -> int:
     from ..adapters.qemu.errors import ConfigMismatch
     from .rehearsal import rehearse
 
-    found = rehearse(name, plan, state)
+    found = rehearse(name, command, state, changed)
     if as_json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(found)).decode() + "\n")
         return 0 if found.comes_back or not found.runs else 1

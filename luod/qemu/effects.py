@@ -26,7 +26,7 @@ from ..adapters.liveupdate.errors import ObjectBusy
 from ..adapters.qemu import operations as ops
 from ..adapters.qemu import record as records
 from ..adapters.qemu import vmstate
-from ..adapters.qemu.arguments import backends, hardware, recorded, running
+from ..adapters.qemu.arguments import hardware, running
 from ..adapters.qemu.compare import Now, compare
 from ..adapters.qemu.errors import QemuError
 from ..adapters.qemu.guest import LIVE, Guest
@@ -173,25 +173,21 @@ class WriteRecord(_OnVm):
         """Write both. Raises `ConfigMismatch` for a guest that no record can hold."""
         vm, args = self.vm, intent.args
         saved, generation = args["saved"], int(args["generation"])
-        argv = vm.argv()
-        extra = {one.id: one.extra for one in backends(argv[1:])}
+        was = running(vm.argv())
+        extra = {one.id: one.extra for one in was.ram}
         vm.record = Record(
             name=vm.name,
             uuid=vm.uuid,
             generation=generation,
-            binary=argv[0],
+            binary=was.binary,
             qemu=saved["qemu"],
-            words=recorded(argv[1:]),
-            hardware=hardware(argv[1:]),
+            words=was.words,
+            hardware=was.hardware,
             cpu_features=tuple(args["cpu_features"]),
             portrait=msgspec.convert(saved["machine"], Portrait),
             ram=tuple(
                 SavedRam(
-                    f"{token:#x}",
-                    name,
-                    saved["ram"][name]["size"],
-                    saved["ram"][name]["sample"],
-                    extra.get(name, ()),
+                    f"{token:#x}", name, saved["ram"][name]["size"], saved["ram"][name]["sample"], extra[name]
                 )
                 for token, name in ram_tokens(vm.guest.ram).items()
             ),
@@ -280,7 +276,7 @@ class Check(_OnVm):
         record, digest = records.read(vm.retrieved[RECORD])
         capabilities = self.plan.capabilities()
         ram = _ram(vm)
-        back = self.plan.returning(record.command(record.binary))
+        back = self.plan.returning(record.command())
         argv = back.adapted.argv({one.id: 0 for one in back.adapted.ram}, vm.monitor_path, incoming=True)
         now_features: tuple[str, ...] = ()
         if record.cpu_features:
@@ -317,7 +313,7 @@ class Start(_OnVm):
         # Copies: if this QEMU fails, another can be started on what was retrieved.
         ram = {name: os.dup(fd) for name, fd in _ram(vm).items()}
         record_fd, state = os.dup(vm.retrieved[RECORD]), os.dup(vm.retrieved[VMSTATE])
-        back = self.plan.returning(record.command(record.binary))
+        back = self.plan.returning(record.command())
         vm.start(back.adapted.argv(ram, vm.monitor_path, incoming=True), ram, record_fd, state)
         vm.changes = back.changes
         return _launched(vm)

@@ -20,7 +20,7 @@ from ..journal.errors import JournalMissing
 from ..journal.replay import Replay
 from ..states.codec import decode
 from ..states.events import EffectOutcome
-from .plan import Plan, Return
+from .plan import Changed, Plan, Return
 
 
 class Rehearsal(msgspec.Struct, frozen=True):
@@ -39,7 +39,7 @@ class Rehearsal(msgspec.Struct, frozen=True):
     comes_back: bool = False
 
 
-def rehearse(name: str, plan: Plan, state: Path) -> Rehearsal:
+def rehearse(name: str, command: list[str], state: Path, changed: Changed = "refuse") -> Rehearsal:
     """See what would become of a command line; `state` is the guest's directory, if it has one.
 
     Raises `NotAdaptable`, `NotACommandLine` and `QemuUnusable`.
@@ -49,7 +49,7 @@ def rehearse(name: str, plan: Plan, state: Path) -> Rehearsal:
     if not mine and state.exists():
         notes.append(f"whether {name} runs cannot be seen: {state} is another user's")
     words = running_argv(state) if mine else []
-    plan = Plan(plan.command, state if mine else None, plan.changed)
+    plan = Plan(command, state if mine else None, changed)
     back = plan.returning(running(words)) if words else Return(plan.adapted())
     adapted = back.adapted
     argv = adapted.argv({one.id: 3 + number for number, one in enumerate(adapted.ram)}, Path("qmp.sock"))

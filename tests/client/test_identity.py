@@ -125,7 +125,7 @@ def test_after_the_reboot(world: World) -> None:
         change_nothing(other)
         assert rows(world) == before
         owner.call("CLAIM", id="vm1")
-        world.wait_outcome("vm1.1/hand", after=before)
+        world.wait_record("effect.outcome", after=before, key="vm1.1/hand")
         before = rows(world)
         see_nothing(other)
         change_nothing(other)

@@ -22,7 +22,6 @@ from luod.timeline import MAX_BARS, draw
 KEYS = [
     "kernel", "sessions", "finished", "lost", "failed", "bytes_verified", "crash_points", "recoveries", "blackout_ms", "journal",
 ]  # fmt: skip
-pytestmark = pytest.mark.timeout(180)
 
 
 def demo(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from qemu_rig import QEMU, Rig
+from wrapper_rig import Host
 
 
 @pytest.fixture
@@ -55,3 +56,10 @@ def slow_rig(make_rig: Callable[..., Rig], tmp_path: Path) -> Rig:
     rig.speak(2)
     rig.guest.ask("migrate-set-parameters", max_bandwidth=200_000)
     return rig
+
+
+@pytest.fixture
+def host(disk_path: Path) -> Iterator[Host]:
+    """A host in miniature, without guests yet."""
+    with Host(disk_path / "state") as host:
+        yield host

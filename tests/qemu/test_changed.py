@@ -3,13 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from msgspec.structs import replace
@@ -30,12 +25,6 @@ CHANGES = {
     "no such machine": (("-machine", "pc-q35-99.0"), "pc-q35-99.0"),
     "no command line": (("-m",), "-m"),
 }
-
-
-@pytest.fixture
-def host(disk_path: Path) -> Iterator[Host]:
-    with Host(disk_path / "state") as host:
-        yield host
 
 
 def saved(host: Host, *more: str) -> Tenant:
@@ -137,19 +126,18 @@ def test_it_can_be_asked_while_the_guest_runs(host: Host) -> None:
     for more, says in CHANGES.values():
         if more == ("-m",):
             continue
-        found = check(guest, *AS_SAVED, more=more)
-        told: dict[str, Any] = json.loads(found.stdout)
-        assert (found.returncode, told["comes_back"], told["as_saved"]) == (0, True, True)
+        code, told = guest.check(*AS_SAVED, more=more)
+        assert (code, told["comes_back"], told["as_saved"]) == (0, True, True)
         assert says in "; ".join(told["differences"])
         assert without_fds(told["argv"])[1:10] == without_fds(words_of(guest))[1:10]
-    in_words = check(guest, *AS_SAVED, more=("-cpu", "max"), as_json=False)
+    in_words = guest.checked(*AS_SAVED, more=("-cpu", "max"))
     assert in_words.returncode == 0
     assert (
         "would come back as it is; what has changed counts when it is started anew: the CPU was"
         in in_words.stdout
     )
-    refused = check(guest, more=("-cpu", "max"))
-    assert (refused.returncode, json.loads(refused.stdout)["comes_back"]) == (1, False)
+    code, told = guest.check(more=("-cpu", "max"))
+    assert (code, told["comes_back"]) == (1, False)
 
 
 def test_a_guest_whose_unit_cannot_be_carried_over_any_more_follows_an_update(host: Host) -> None:
@@ -176,13 +164,3 @@ def test_a_qemu_that_cannot_start_what_was_saved_is_no_matter_of_the_unit() -> N
     gone = replace(was, hardware=replace(was.hardware, machine="pc-q35-1.0"))
     with pytest.raises(MachineUnknown):
         Plan([binary], None, "as-saved").returning(gone)
-
-
-def check(
-    guest: Tenant, *options: str, more: tuple[str, ...] = (), as_json: bool = True
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "luod.qemu.command", "--check", *(["--json"] if as_json else []), *options,
-         "--name", guest.name, "--state", str(guest.state), "--", *guest.command, *more],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip

@@ -7,7 +7,6 @@ import errno
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -34,12 +33,6 @@ def kernel() -> KernelImage:
         return find_image()
     except LabUnavailable as error:
         pytest.skip(str(error))
-
-
-@pytest.fixture
-def host(disk_path: Path) -> Iterator[Host]:
-    with Host(disk_path / "state") as host:
-        yield host
 
 
 @pytest.fixture

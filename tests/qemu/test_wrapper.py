@@ -9,29 +9,20 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from wrapper_rig import Host, Tenant, is_ram, memfds_of
+from wrapper_rig import Host, is_ram, memfds_of
 
 from luod.adapters.qemu.identity import NO_RECORD, read_trailer
 from luod.adapters.qemu.monitor import Monitor
 from luod.adapters.qemu.process import identity
 from luod.journal.record import Entry
 from luod.journal.writer import Journal
-from luod.qemu.plan import Plan
 from luod.qemu.rehearsal import rehearse, running_argv
 from luod.states.events import EffectOutcome
 
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(300)]
-
-
-@pytest.fixture
-def host(disk_path: Path) -> Iterator[Host]:
-    with Host(disk_path / "state") as host:
-        yield host
 
 
 def test_a_guest_lives_through_two_updates(host: Host) -> None:
@@ -205,39 +196,25 @@ def test_what_becomes_of_a_command_line_can_be_asked(tmp_path: Path) -> None:
     assert "memory-backend-file,id=ram0,size=134217728" in found.stdout
 
 
-def check(guest: Tenant, *more: str) -> tuple[int, dict[str, Any]]:
-    """Ask luo-qemu what would become of a guest's command line."""
-    found = subprocess.run(
-        [sys.executable, "-m", "luod.qemu.command", "--check", "--json", "--name", guest.name, "--state", guest.state,
-         "--", *guest.command, *more],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return found.returncode, json.loads(found.stdout)
-
-
 def test_whether_a_guest_would_come_back_can_be_asked_while_it_runs(host: Host) -> None:
     guest = host.tenant()
-    assert check(guest)[1]["runs"] is False
+    assert guest.check()[1]["runs"] is False
     guest.start()
     guest.speak()
-    code, told = check(guest)
+    code, told = guest.check()
     assert (code, told["name"], told["runs"], told["differences"]) == (0, "vm1", True, [])
-    code, told = check(guest, "-device", "virtio-rng-pci", "-m", "32M")
+    code, told = guest.check(more=("-device", "virtio-rng-pci", "-m", "32M"))
     assert code == 1
     assert told["differences"] == [
         "option added: `-device virtio-rng-pci`", "the memory ram0 had 16777216 bytes, and has 33554432",
     ]  # fmt: skip
-    in_words = subprocess.run(
-        [sys.executable, "-m", "luod.qemu.command", "--check", "--name", "vm1", "--state", guest.state,
-         "--", *guest.command, "-cpu", "max"],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    in_words = guest.checked(more=("-cpu", "max"))
     assert in_words.returncode == 1
     assert "vm1 runs, and would not come back with this: the CPU was qemu64, and is max" in in_words.stderr
     assert "hint: it goes on as it is" in in_words.stderr
     guest.kill_qemu()
     guest.wait()
-    assert check(guest)[1]["runs"] is False
+    assert guest.check()[1]["runs"] is False
 
 
 def test_a_guest_of_another_user_is_not_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +222,7 @@ def test_a_guest_of_another_user_is_not_looked_into(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(
         os, "access", lambda path, mode, **more: path != tmp_path and honest(path, mode, **more)
     )
-    found = rehearse("vm1", Plan(["qemu-system-x86_64"], None), tmp_path)
+    found = rehearse("vm1", ["qemu-system-x86_64"], tmp_path)
     assert found.notes[-1] == f"whether vm1 runs cannot be seen: {tmp_path} is another user's"
     assert not found.runs
     assert list(tmp_path.iterdir()) == []
@@ -275,14 +252,14 @@ def test_what_was_asked_of_another_qemu_beforehand_is_not_asked_in_the_blackout(
     copy.write_text(f'#!/bin/sh\necho asked >>{host.world.dir}/asked\nexec {other} "$@"\n', "ascii")
     copy.chmod(0o755)
     guest.command[0] = str(copy)
-    assert check(guest)[0] == 0
+    assert guest.check()[0] == 0
     assert (host.world.dir / "asked").read_text("ascii").count("asked") == 1
     host.kexec()
     host.reboot()
     guest.start()
     guest.whole()
     assert (host.world.dir / "asked").read_text("ascii").count("asked") == 2, "checked once, started once"
-    assert check(guest)[1]["runs"] is True
+    assert guest.check()[1]["runs"] is True
 
 
 def test_its_journal_tells_what_was_done(host: Host) -> None:

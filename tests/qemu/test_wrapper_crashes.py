@@ -7,7 +7,6 @@ Killed at one point, the next one is killed at the next, and so on: each finds w
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,12 +30,6 @@ from luod.qemu import command
 operations.Resume.apply = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 command.main()
 """
-
-
-@pytest.fixture
-def host(disk_path: Path) -> Iterator[Host]:
-    with Host(disk_path / "state") as host:
-        yield host
 
 
 def started_to_be_killed(guest: Tenant, point: str, trace: Path, *, wait: bool) -> None:

@@ -7,6 +7,7 @@ What a guest says on its serial port comes through a FIFO that outlives the QEMU
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import select
@@ -101,6 +102,19 @@ class Tenant:
                 assert select.select([pipe], [], [], PATIENCE_S)[0], self.words()
                 assert pipe.read(1), self.words()
                 self.find_qemu()
+
+    def checked(self, *options: str, more: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
+        """Ask luo-qemu what would become of the guest's command line and these words more."""
+        return subprocess.run(
+            [sys.executable, "-m", "luod.qemu.command", "--check", *options, "--name", self.name, "--state", self.state,
+             "--", *self.command, *more],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+    def check(self, *options: str, more: Sequence[str] = ()) -> tuple[int, dict[str, Any]]:
+        """Do that for a program; return the exit code and the answer."""
+        found = self.checked("--json", *options, more=more)
+        return found.returncode, json.loads(found.stdout)
 
     def find_qemu(self) -> int:
         """Note the QEMU of this guest, and make it part of the emulated world."""

@@ -60,7 +60,6 @@ def include() -> list[str]:
 
 
 @pytest.mark.lab
-@pytest.mark.timeout(180)
 def test_numbers_sizes_and_offsets_are_the_kernels(include, tmp_path) -> None:
     lines = [line for table in TABLES.values() for line in statements(table)]
     assert len(lines) > 250

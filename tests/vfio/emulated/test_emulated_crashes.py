@@ -188,7 +188,6 @@ def few_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("luod.devices.steps.OBJECT_IDS", range(1, 12))
 
 
-@pytest.mark.timeout(180)
 @pytest.mark.parametrize(
     ("devices", "kept"),
     [
